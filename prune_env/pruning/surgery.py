@@ -1,0 +1,186 @@
+"""Surgery: the same plan as zeroed channels in place (`masked`) or as a really smaller network (`cut`).
+
+Both read the same table of axes: which positions of which tensors a plan keeps. Cutting is index_select on those
+tensors around a shallow copy of the module tree: no deep copy of the network and no second tracing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from prune_env.pruning.graph import LayerGraph
+from prune_env.pruning.plan import Plan
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+Axes = dict[tuple[str, str], tuple[int, np.ndarray]]
+"""(module or parameter name, role) -> (dim of a bare parameter, dropped positions)."""
+
+
+def tensor_axes(module: nn.Module, role: str) -> tuple[tuple[str, int], ...]:
+    """The tensors of a module that one of its axes runs through, each with the dimension."""
+    if role == "in":
+        return (("weight", 0 if isinstance(module, TRANSPOSED) else 1),)
+    if role == "out":
+        return (("weight", 1 if isinstance(module, TRANSPOSED) else 0), ("bias", 0))
+    return (("weight", 0), ("bias", 0), ("running_mean", 0), ("running_var", 0))
+
+
+def dropped_axes(graph: LayerGraph, plan: Plan) -> Axes:
+    """For every axis that loses something under the plan: the positions it loses.
+
+    Raises:
+        ValueError: The plan does not fit the graph.
+    """
+    plan.check(graph)
+    found: dict[tuple[str, str], tuple[int, list[np.ndarray]]] = {}
+    for name, indices in plan.keep.items():
+        group = graph.group(name)
+        if len(indices) == group.channels:
+            continue
+        dropped = np.ones(group.channels, dtype=bool)
+        dropped[list(indices)] = False
+        for slot in group.slots:
+            found.setdefault((slot.module, slot.role), (slot.dim, []))[1].append(slot.positions(dropped))
+    return {key: (dim, np.concatenate(parts)) for key, (dim, parts) in found.items()}
+
+
+@contextmanager
+def masked(network: nn.Module, graph: LayerGraph, plan: Plan) -> Iterator[nn.Module]:
+    """Zero every channel that the plan drops, in place; the exact values return on exit, also after an error.
+
+    A channel is zeroed where it is written, carried and read, so that a layer whose value at zero is not zero
+    (a sigmoid, say) cannot leak it.
+
+    Raises:
+        ValueError: The plan does not fit the graph.
+    """
+    modules = dict(network.named_modules())
+    parameters = dict(network.named_parameters())
+    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        with torch.no_grad():
+            for (name, role), (dim, positions) in dropped_axes(graph, plan).items():
+                for tensor, axis in _tensors(modules, parameters, (name, role), dim):
+                    saved.append((tensor, tensor.detach().clone()))
+                    tensor.index_fill_(axis, torch.from_numpy(positions).to(tensor.device), 0)
+        yield network
+    finally:
+        with torch.no_grad():
+            # Backwards: a tensor that two axes run through was saved twice, first whole and then half zeroed.
+            for tensor, value in reversed(saved):
+                tensor.copy_(value)
+
+
+def _tensors(
+    modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter], key: tuple[str, str], dim: int
+) -> Iterator[tuple[torch.Tensor, int]]:
+    name, role = key
+    if role == "parameter":
+        yield parameters[name], dim
+        return
+    for attribute, axis in tensor_axes(modules[name], role):
+        tensor = getattr(modules[name], attribute, None)
+        if tensor is not None and not (attribute.startswith("running") and isinstance(modules[name], nn.Linear)):
+            yield tensor, axis
+
+
+def cut(network: nn.Module, graph: LayerGraph, plan: Plan) -> nn.Module:
+    """A really smaller network that computes what `masked` computes.
+
+    It is an ordinary module of the same classes with new tensors: training it leaves `network` alone. Mode,
+    device, dtype and `requires_grad` are kept.
+
+    Raises:
+        ValueError: The plan does not fit the graph.
+    """
+    modules = dict(network.named_modules(remove_duplicate=False))
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    kept: dict[int, list[tuple[int, torch.Tensor]]] = {}
+    resized: dict[int, list[tuple[str, int]]] = {}
+    for (name, role), (dim, positions) in dropped_axes(graph, plan).items():
+        for tensor, axis in _tensors(modules, parameters, (name, role), dim):
+            keep = np.ones(tensor.shape[axis], dtype=bool)
+            keep[positions] = False
+            index = torch.from_numpy(np.flatnonzero(keep)).to(tensor.device)
+            kept.setdefault(id(tensor), []).append((axis, index))
+        if role != "parameter":
+            resized.setdefault(id(modules[name]), []).append((role, len(positions)))
+    with torch.no_grad():
+        return _copied(network, kept, resized, {})
+
+
+def _copied(
+    module: nn.Module,
+    kept: Mapping[int, list[tuple[int, torch.Tensor]]],
+    resized: Mapping[int, list[tuple[str, int]]],
+    memo: dict[int, object],
+) -> nn.Module:
+    """The module tree again around sliced tensors; shared modules and tied tensors stay shared."""
+    if id(module) in memo:
+        return memo[id(module)]  # type: ignore[return-value]
+    copy = type(module).__new__(type(module))
+    memo[id(module)] = copy
+    state = {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}
+    state["_parameters"] = {
+        key: None if value is None else _sliced(value, kept, memo) for key, value in module._parameters.items()
+    }
+    state["_buffers"] = {
+        key: None if value is None else _sliced(value, kept, memo) for key, value in module._buffers.items()
+    }
+    state["_modules"] = {
+        key: None if value is None else _copied(value, kept, resized, memo) for key, value in module._modules.items()
+    }
+    copy.__dict__.update(state)
+    for role, lost in resized.get(id(module), ()):
+        _resize(copy, role, lost)
+    return copy
+
+
+def _sliced(
+    tensor: torch.Tensor, kept: Mapping[int, list[tuple[int, torch.Tensor]]], memo: dict[int, object]
+) -> torch.Tensor:
+    if id(tensor) in memo:
+        return memo[id(tensor)]  # type: ignore[return-value]
+    value = tensor.detach()
+    for axis, index in kept.get(id(tensor), ()):
+        value = value.index_select(axis, index)
+    if id(tensor) not in kept:
+        value = value.clone()
+    copy = nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    memo[id(tensor)] = copy
+    return copy
+
+
+def _resize(module: nn.Module, role: str, lost: int) -> None:
+    """Bring the sizes that a module remembers in line with its tensors."""
+    if isinstance(module, CONVOLUTIONS + TRANSPOSED):
+        if role == "both":
+            group_out, group_in = module.out_channels // module.groups, module.in_channels // module.groups
+            module.groups -= lost // group_out
+            module.out_channels -= lost
+            module.in_channels = module.groups * group_in
+        elif role == "out":
+            module.out_channels -= lost
+        else:
+            module.in_channels -= lost
+    elif isinstance(module, nn.Linear):
+        if role == "out":
+            module.out_features -= lost
+        else:
+            module.in_features -= lost
+    elif isinstance(module, BATCH_NORMS + INSTANCE_NORMS):
+        module.num_features -= lost
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups -= lost * module.num_groups // module.num_channels
+        module.num_channels -= lost
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters -= lost
