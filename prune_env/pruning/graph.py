@@ -130,7 +130,7 @@ class Cost:
         counts = np.asarray(counts, dtype=np.float64)
         first = self.offset[0] + counts @ self.slope[0]
         second = self.offset[1] + counts @ self.slope[1]
-        return self.constant + (first * second) @ self.weight
+        return np.asarray(self.constant + (first * second) @ self.weight)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,17 +24,16 @@ class Plan:
         ValueError: An empty or repeated or negative index, or a share outside (0, 1].
     """
 
-    keep: Mapping[str, tuple[int, ...]]
-    runtime_keep: Mapping[str, float] = field(default_factory=dict)
+    # Any, not tuple[int, ...]: what JSON and people hand over is checked, with better words than a type checker's.
+    keep: Mapping[str, Any]
+    runtime_keep: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        keep = {str(name): _indices(name, kept) for name, kept in self.keep.items()}
-        share = {str(name): float(value) for name, value in self.runtime_keep.items()}
-        for name, value in share.items():
-            if not 0 < value <= 1:
-                raise ValueError(f"runtime_keep[{name!r}] is {value}; a share in (0, 1] is allowed")
-        object.__setattr__(self, "keep", keep)
-        object.__setattr__(self, "runtime_keep", share)
+        for name, value in self.runtime_keep.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"runtime_keep[{name!r}] is {value!r}; a share in (0, 1] is allowed")
+        object.__setattr__(self, "keep", {str(name): _indices(name, kept) for name, kept in self.keep.items()})
+        object.__setattr__(self, "runtime_keep", {str(name): float(v) for name, v in self.runtime_keep.items()})
 
     def __hash__(self) -> int:
         return hash((frozenset(self.keep.items()), frozenset(self.runtime_keep.items())))
@@ -100,7 +99,7 @@ class Plan:
         if not isinstance(data, dict) or not isinstance(data.get("keep"), dict):
             raise ValueError('a plan must be a JSON object with "keep": {group: [indices]}')
         runtime_keep = data.get("runtime_keep", {})
-        if not isinstance(runtime_keep, dict) or not all(isinstance(v, int | float) for v in runtime_keep.values()):
+        if not isinstance(runtime_keep, dict):
             raise ValueError('a plan\'s "runtime_keep" must be {group: share}')
         return cls(data["keep"], runtime_keep)
 

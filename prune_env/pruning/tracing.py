@@ -28,13 +28,14 @@ def trace(network: nn.Module, example: torch.Tensor, *, verify: bool = True) -> 
     Args:
         network: Any module that maps one input tensor to an output. It is not touched: a copy is traced.
         example: One normalised input with its batch axis, on the network's device.
-        verify: Accept a group only if its masked and cut networks agree (on random input, in float64).
+        verify: Accept a group only if its masked and cut networks agree on random input.
 
     Raises:
         ValueError: The network cannot run on the example, gives values that are not finite, or nothing in it can
             be pruned.
     """
     private = _private_copy(network)
+    example = example.float() if example.is_floating_point() else example
     layers, names = _layers(private, example)
     coupling = couple(private, example)
     sketch = _Sketch.of(coupling, private, names)
@@ -49,7 +50,7 @@ def trace(network: nn.Module, example: torch.Tensor, *, verify: bool = True) -> 
 
 def _private_copy(network: nn.Module) -> nn.Module:
     """A copy that may be rearranged, with gradients on, since the tracer follows autograd."""
-    private = copy.deepcopy(network).eval()
+    private = copy.deepcopy(network).eval().float()
     for parameter in private.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -292,8 +293,7 @@ def _cost(terms: Sequence[tuple], groups: int) -> Cost:
 
 def _verified(graph: LayerGraph, network: nn.Module, example: torch.Tensor) -> LayerGraph:
     """The graph without the groups whose masked and cut networks differ."""
-    exact = network.double()
-    check = Check(exact, graph, example)
+    check = Check(network, graph, example)
     failed = check.failures(graph.groups)
     groups = [group for group in graph.groups if group.name not in failed]
     while groups and (reason := check.disagreement(groups)):
@@ -307,4 +307,4 @@ def _verified(graph: LayerGraph, network: nn.Module, example: torch.Tensor) -> L
             written = {slot.module for slot in (*group.producers, *group.carriers)} - pruned
             fixed |= dict.fromkeys(written, failed[group.name])
     fixed = {layer.name: fixed[layer.name] for layer in graph.layers if layer.name in fixed}
-    return _graph(groups, fixed, graph.layers, exact, check.sample)
+    return _graph(groups, fixed, graph.layers, network, example)

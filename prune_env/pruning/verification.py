@@ -18,8 +18,9 @@ from prune_env.pruning.surgery import cut, dropped_axes, masked
 SHARES = ((0.7, 1.0), (0.3, 0.7))
 """Ranges from which the checked plans draw their keep: a light cut leaves signals alive, a deep one breaks shapes."""
 
-TOLERANCE = 1e-8
-"""Allowed difference in float64, relative to the largest output of the same layer."""
+TOLERANCE = 1e-3
+"""Allowed difference relative to the largest output of the same layer: a wrong index is off by about one, and float32
+(TF32 on a GPU) stays well below."""
 
 
 class Check:
@@ -33,7 +34,7 @@ class Check:
         """Bind the check.
 
         Args:
-            network: The network in float64 and eval mode.
+            network: The network in float32 and eval mode.
             graph: Its graph before verification.
             example: Gives the input's shape and device; whole-number inputs are used as they are.
         """
@@ -41,7 +42,7 @@ class Check:
         self.graph = graph
         self._generator = np.random.default_rng(0)
         noise = torch.from_numpy(self._generator.standard_normal(tuple(example.shape)))
-        self.sample = noise.to(example.device) if example.is_floating_point() else example
+        self.sample = noise.to(example) if example.is_floating_point() else example
 
     def failures(self, groups: Sequence[Group]) -> dict[str, str]:
         """Groups whose cut is wrong, with the reason; found by halving, as most networks pass in one piece."""

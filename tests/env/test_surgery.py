@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.measure import count_macs, count_params
 from prune_env.pruning.plan import Plan
 from prune_env.pruning.surgery import cut, masked
 from prune_env.pruning.tracing import trace
-from torch import nn
-
 from tests.env.small_networks import NETWORKS, build, example
 
 GRAPHS: dict[str, LayerGraph] = {}

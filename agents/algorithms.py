@@ -1,0 +1,70 @@
+"""The learning algorithms, by name, with defaults for episodes of 5-60 steps that are paid once, at the end.
+
+What a search of 200 episodes needs is not what a million steps of control need; these choices were measured:
+
+- **Actions are relative to the even share** (see `view`): 0 spends what is left evenly, so an untrained actor, whose
+  last layer starts at zero, *is* the uniform plan, and noise in one group is paid for by all later groups alike.
+- **The first episodes are known plans**: uniform, the error curves' knapsack, global threshold, first-and-last.
+- **Until the end of the warm-up, and in every second episode after it, the best plan so far is disturbed** in a few
+  groups with AMC's truncated normal noise; the other episodes are the learner's own, with the same noise. Its width
+  falls geometrically over the run. The record says for each episode where its actions came from.
+- **Credit**: the dynamics are deterministic, gamma is 1 and only the last step pays, so every transition is stored
+  with its episode's return and as final. The critic is a regression on returns: nothing is bootstrapped, hence nothing
+  is counted twice (AMC writes the final reward to each transition *and* bootstraps).
+- **Returns are normalised by hand**: 0 is the uniform plan, 1 the dense network.
+- **Imitation**: after each round the actor also takes a few steps toward the actions of the best episodes
+  (self-imitation, Oh et al. 2018), so that the deterministic policy ends where the search found its best plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sb3_contrib import TQC
+from stable_baselines3 import DDPG, PPO, SAC, TD3
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One learning algorithm with its settings here.
+
+    Attributes:
+        make: Its class.
+        on_policy: It learns only from what it did itself, and brings its own noise.
+        settings: Keyword arguments of the class.
+        policy: Keyword arguments of its policy.
+        gradient_steps: Updates per episode (off-policy), or passes over a batch of episodes (on-policy).
+        imitation_steps: Steps toward the best episodes after each update.
+        elite: How many best episodes are imitated.
+        batch_episodes: Episodes per update (on-policy).
+    """
+
+    make: type[BaseAlgorithm]
+    on_policy: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    gradient_steps: int = 10
+    imitation_steps: int = 20
+    elite: int = 4
+    batch_episodes: int = 1
+
+
+OFF_POLICY = {"learning_rate": 1e-3, "batch_size": 64, "gamma": 1.0, "tau": 0.02}
+SMALL = {"net_arch": [64, 64]}
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "ddpg": Algorithm(DDPG, settings=OFF_POLICY, policy=SMALL),
+    "td3": Algorithm(TD3, settings=OFF_POLICY, policy=SMALL),
+    "sac": Algorithm(SAC, settings=OFF_POLICY | {"ent_coef": 0.002}, policy=SMALL),
+    "tqc": Algorithm(TQC, settings=OFF_POLICY | {"ent_coef": 0.002}, policy=SMALL | {"n_quantiles": 11}),
+    "ppo": Algorithm(
+        PPO,
+        on_policy=True,
+        settings={"learning_rate": 1e-3, "batch_size": 32, "gamma": 1.0, "gae_lambda": 1.0, "n_epochs": 5},
+        policy=SMALL | {"log_std_init": -1.8},
+        batch_episodes=5,
+    ),
+}

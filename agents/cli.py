@@ -1,0 +1,47 @@
+"""What the commands share: one line for bad input, exit codes, and arguments from a signature."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+def parse(target: Callable[..., Any], arguments: list[str], *, program: str) -> Any:
+    """Arguments by a signature; `--help` prints and exits.
+
+    Raises:
+        ValueError: They do not fit, in one line.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(target, args=arguments, prog=program, description=target.__doc__)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ValueError(_one_line(said.getvalue())) from None
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command; bad input becomes one line on stderr and exit code 2."""
+    try:
+        return command()
+    except (ValueError, OSError, ArithmeticError) as error:
+        line = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"error: {line}\n")
+        return BAD_INPUT
+
+
+def _one_line(text: str) -> str:
+    """The message inside the box that tyro draws."""
+    plain = re.sub(r"[\u2500-\u257f]|\x1b\[[0-9;]*m", " ", text)
+    words = " ".join(plain.split()).removeprefix("Parsing error").strip()
+    return re.split(r"For full helptext|Full helptext", words)[0].strip() or "bad arguments; see --help"

@@ -1,0 +1,147 @@
+"""The configuration of a training run: one frozen dataclass, from which the command line is derived."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+
+from agents.algorithms import ALGORITHMS
+from prune_env.config import EnvConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Learn per-group keep ratios for one network at one budget.
+
+    Raises:
+        ValueError: A value that is not allowed; names the field, the value and what is.
+    """
+
+    task: str = "digits-cnn"
+    """Task name, <data>-<network>."""
+    network: str | None = None
+    """Other network than the task's: a zoo name, torchvision:NAME or package.module:factory."""
+    weights: str | None = None
+    """File with the dense weights; without it the network is trained, or loaded from the cache."""
+    normalise: str | None = None
+    """How images are normalised: imagenet, cifar, half, none, or six numbers."""
+    epochs: int | None = None
+    """Epochs of the dense training; the task's own by default."""
+    budget: float = 0.5
+    """Share of the dense network's resource in (0, 1], or an absolute number above 1."""
+    budget_resource: str = "macs"
+    """What the budget bounds: macs or params."""
+    hard_budget: bool = True
+    """Every episode ends inside the budget; otherwise the budget is left to the reward."""
+    importance: str = "l1"
+    """Static importance: which channels a group keeps."""
+    reward: str = "accuracy"
+    """Reward: accuracy, accuracy_guaranteed or exponential_penalty."""
+    recalibrate: bool = True
+    """Re-estimate BatchNorm statistics after the cut."""
+    refit: str = "auto"
+    """Refit of the layers behind a cut: none, moments, sequential or auto."""
+    min_channels: int = 1
+    """Fewest channels that a group may keep."""
+    round_to: int = 1
+    """Kept counts are multiples of it, or the whole group."""
+    leave: tuple[str, ...] = ()
+    """Groups (or layers that write them) to keep whole."""
+    calibration_images: int = 512
+    """Training images for recalibration, refit and data-driven importance."""
+    algorithm: str = "td3"
+    """Who learns: ddpg, td3, sac, tqc or ppo."""
+    episodes: int = 200
+    """Networks that are cut and measured."""
+    warm_up: int | None = None
+    """Episodes before the learner acts itself; a fifth of all by default."""
+    fine_tune_epochs: int = 0
+    """Epochs of training for the uniform, random and learned network at the end."""
+    fine_tune_lr: float = 0.05
+    """Peak learning rate of that training."""
+    workers: int = 1
+    """Processes that play episodes at the same time."""
+    chunk: int = 10
+    """Episodes between two checkpoints, rounded up to whole rounds of the workers."""
+    threads: int | None = None
+    """CPU threads of the main process; torch's default by default, and recorded."""
+    device: str = "cpu"
+    """Where the pruned networks run."""
+    seed: int = 0
+    """Seed of the splits, of a dense training, of the random plans and of the agent."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of several runs after one another, each in a folder of its own; replaces `seed`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "leave", tuple(self.leave))
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        for seed in self.seeds:
+            _integer("seeds", seed, 0)
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(unknown("algorithm", self.algorithm, ALGORITHMS))
+        for name, least in (("episodes", 1), ("workers", 1), ("chunk", 1), ("fine_tune_epochs", 0)):
+            _integer(name, getattr(self, name), least)
+        for name, least in (("warm_up", 0), ("threads", 1)):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), least)
+        if not 0 < self.fine_tune_lr < float("inf"):
+            raise ValueError(f"fine_tune_lr is {self.fine_tune_lr}; a finite number above 0 is allowed")
+        self.env()  # every field of the environment is checked there
+
+    def env(self) -> EnvConfig:
+        """The environment's part."""
+        names = {f.name for f in dataclasses.fields(self)}
+        outer = {f.name for f in dataclasses.fields(EnvConfig)} & names - {"task"}
+        inner = {"task", "network", "weights", "normalise", "seed", "epochs"}
+        return EnvConfig.of(**{name: getattr(self, name) for name in sorted(outer | inner)})
+
+    @property
+    def guided(self) -> int:
+        """Episodes of the warm-up."""
+        return min(self.episodes, max(self.episodes // 5, 1) if self.warm_up is None else self.warm_up)
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder."""
+        whole = self.task if self.network is None else f"{self.task}-{self.network}"
+        plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in whole)
+        return f"{plain}-{self.algorithm}-{self.importance}-{self.budget_resource}{self.budget:g}-seed{self.seed}"
+
+    def to_json(self) -> str:
+        """The config as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """The config that `to_json` wrote.
+
+        Raises:
+            ValueError: Not JSON, unknown fields, or values that are not allowed.
+        """
+        record = json.loads(text)
+        if not isinstance(record, dict):
+            raise ValueError("a run's config is a JSON object")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in record:
+            if name not in known:
+                raise ValueError(unknown("field", name, known))
+        return cls(**record)
+
+
+def unknown(what: str, name: str, known: object) -> str:
+    """One line about a misspelt name, with the closest one."""
+    names = [str(other) for other in known]  # type: ignore[attr-defined]
+    close = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{what} {name!r} is unknown; {hint}allowed: {', '.join(names)}"
+
+
+def _integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}; an integer of at least {least} is allowed")
+
+
+DEMONSTRATION = TrainConfig(budget=0.1, episodes=200, seeds=(0, 1, 2))
+"""What a run without arguments shows: a digits network at a budget at which the uniform plan visibly loses."""

@@ -1,0 +1,51 @@
+"""`python -m agents.export RUN --out DIR`: the cut network as safetensors and JSON.
+
+network = prune_env.load("DIR")      # an ordinary module, in eval mode; no pickle, no training data, no agents
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from agents.cli import guarded, parse
+from agents.evaluate import _package
+from agents.record import RunFolder
+from prune_env.pruning import archive
+from prune_env.pruning.measure import count_params
+
+
+@dataclass(frozen=True)
+class Order:
+    """Write the learned network of a run to a folder of its own."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    out: Path
+    """Folder to write; it must not exist, or be empty."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return guarded(lambda: _main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> int:
+    order = parse(Order, arguments, program="python -m agents.export")
+    run = RunFolder.open(order.run)
+    if not (order.run / "model.safetensors").exists():
+        raise ValueError(f"{order.run} is not finished; go on with: python -m agents.train --resume {order.run}")
+    network = archive.load(order.run, allow=_package(run.config.network))
+    archive.save(network, run.plan, order.out)
+    Console().print(
+        f"{order.out}: {count_params(network):,} parameters; load it with prune_env.load({str(order.out)!r})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The learner: an SB3 algorithm that acts, learns from whole episodes, and can be stored without a pickle."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import DictReplayBuffer, DictRolloutBuffer
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor, nn
+
+from agents.algorithms import Algorithm
+from agents.episode import Memory, Trajectory
+from agents.features import JoinedFields
+
+Observations = dict[str, np.ndarray]
+
+
+class Learner(Protocol):
+    """Acts on batches of observations and learns from the newest episodes of a memory."""
+
+    model: BaseAlgorithm
+    own_noise: bool
+
+    def act(self, seen: Observations) -> np.ndarray:
+        """Actions `[n]` while exploring."""
+        ...
+
+    def learn(self, memory: Memory, returns: np.ndarray) -> dict[str, float]:
+        """Update after a round; `returns` has one normalised return per episode. Gives what to log."""
+        ...
+
+
+def make_learner(algorithm: Algorithm, venv: VecEnv, *, episodes: int, seed: int) -> OffPolicy | OnPolicy:
+    """A fresh learner whose deterministic policy is the uniform plan.
+
+    Args:
+        algorithm: From the table.
+        venv: Gives the spaces; its actions are relative to the even share.
+        episodes: Of the whole run.
+        seed: Seed of the initial weights.
+    """
+    policy = {**algorithm.policy, "features_extractor_class": JoinedFields}
+    model = algorithm.make("MultiInputPolicy", venv, policy_kwargs=policy, seed=seed, device="cpu", **_sizes(algorithm))
+    model.set_logger(Logger(None, []))
+    model._current_progress_remaining = 1.0
+    with torch.no_grad():
+        last = _last_layer(model)
+        last.weight.mul_(0.01)
+        last.bias.zero_()
+        if hasattr(model, "actor_target"):
+            model.actor_target.load_state_dict(model.actor.state_dict())
+    return OnPolicy(algorithm, model) if algorithm.on_policy else OffPolicy(algorithm, model, episodes)
+
+
+class OffPolicy:
+    """DDPG, TD3, SAC, TQC: learns from every episode, whoever chose its actions."""
+
+    own_noise = False
+
+    def __init__(self, algorithm: Algorithm, model: BaseAlgorithm, episodes: int) -> None:
+        self.algorithm, self.model, self.episodes = algorithm, model, episodes
+        self.stored = 0
+
+    def act(self, seen: Observations) -> np.ndarray:
+        """The deterministic actions; exploration adds the noise."""
+        return self.model.predict(seen, deterministic=True)[0].reshape(-1)
+
+    def learn(self, memory: Memory, returns: np.ndarray) -> dict[str, float]:
+        """Store the new episodes, then a few gradient and imitation steps for each."""
+        new = len(memory) - self.stored
+        self.remember(memory, returns)
+        self.model.train(new * self.algorithm.gradient_steps, self.model.batch_size)
+        steps = new * self.algorithm.imitation_steps
+        loss = imitate(self.model, self.model.actor.optimizer, memory.elite(self.algorithm.elite), steps)
+        return {**_drain(self.model), "train/imitation_loss": loss}
+
+    def remember(self, memory: Memory, returns: np.ndarray) -> None:
+        """Copy episodes that the replay buffer does not hold yet; each transition is final and carries the return."""
+        for i in range(self.stored, len(memory)):
+            trajectory = memory.trajectories[i]
+            if self.stored == 0:
+                self.model.replay_buffer = self._buffer(len(trajectory.applied))
+            for step, action in enumerate(trajectory.applied):
+                seen = {name: rows[step : step + 1] for name, rows in trajectory.seen.items()}
+                paid = np.array([returns[i]], dtype=np.float32)
+                self.model.replay_buffer.add(seen, seen, action[None], paid, np.ones(1, dtype=np.float32), [{}])
+            self.stored = i + 1
+
+    def _buffer(self, steps: int) -> DictReplayBuffer:
+        space, model = self.model.observation_space, self.model
+        size = max(1, self.episodes * steps)
+        return DictReplayBuffer(size, space, model.action_space, "cpu", handle_timeout_termination=False)
+
+
+class OnPolicy:
+    """PPO: learns from what it did itself, a few episodes at a time."""
+
+    own_noise = True
+
+    def __init__(self, algorithm: Algorithm, model: BaseAlgorithm) -> None:
+        self.algorithm, self.model = algorithm, model
+        self.used = 0
+
+    def act(self, seen: Observations) -> np.ndarray:
+        """Actions drawn from the policy."""
+        with torch.no_grad():
+            tensors, _ = self.model.policy.obs_to_tensor(seen)
+            return self.model.policy(tensors)[0].numpy().reshape(-1)
+
+    def learn(self, memory: Memory, returns: np.ndarray) -> dict[str, float]:
+        """Once enough episodes are new: clipped policy gradient on its own ones, then imitation of the best."""
+        if len(memory) - self.used < self.algorithm.batch_episodes:
+            return {}
+        new = range(self.used, len(memory))
+        own = [i for i in new if memory.episodes[i].source == "policy"]
+        self.used = len(memory)
+        if own:
+            self._fill([(memory.trajectories[i], float(returns[i])) for i in own])
+            self.model.train()
+        steps = len(new) * self.algorithm.imitation_steps
+        loss = imitate(self.model, self.model.policy.optimizer, memory.elite(self.algorithm.elite), steps)
+        return {**_drain(self.model), "train/imitation_loss": loss}
+
+    def remember(self, memory: Memory, returns: np.ndarray) -> None:
+        """Nothing of earlier episodes is kept."""
+        self.used = len(memory)
+
+    def _fill(self, episodes: list[tuple[Trajectory, float]]) -> None:
+        """A rollout buffer of whole episodes, paid at their last steps."""
+        model = self.model
+        rows = sum(len(trajectory.taken) for trajectory, _ in episodes)
+        buffer = DictRolloutBuffer(
+            rows, model.observation_space, model.action_space, "cpu", gae_lambda=model.gae_lambda, gamma=model.gamma
+        )
+        for trajectory, paid in episodes:
+            seen, actions = _batch([trajectory]), torch.from_numpy(trajectory.taken)
+            with torch.no_grad():
+                values, log_probs, _ = model.policy.evaluate_actions(seen, actions)
+            for step in range(len(actions)):
+                at = {name: field[step : step + 1].numpy() for name, field in seen.items()}
+                reward = np.array([paid if step == len(actions) - 1 else 0.0], dtype=np.float32)
+                begins = np.array([float(step == 0)], dtype=np.float32)
+                one = slice(step, step + 1)
+                buffer.add(at, trajectory.taken[one], reward, begins, values[one], log_probs[one])
+        buffer.compute_returns_and_advantage(last_values=torch.zeros(1), dones=np.ones(1, dtype=np.float32))
+        model.rollout_buffer = buffer
+
+
+def imitate(model: BaseAlgorithm, optimizer: torch.optim.Optimizer, elite: list[Trajectory], steps: int) -> float:
+    """Steps of the deterministic policy toward the actions of the best episodes; returns the last squared error."""
+    seen = _batch(elite)
+    wanted = torch.from_numpy(np.concatenate([trajectory.applied for trajectory in elite]))
+    model.policy.set_training_mode(True)
+    loss = torch.zeros(())
+    for _ in range(steps):
+        loss = nn.functional.mse_loss(model.policy._predict(seen, deterministic=True), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.policy.set_training_mode(False)
+    return float(loss)
+
+
+def tensors_of(model: BaseAlgorithm) -> dict[str, Tensor]:
+    """Everything that learning changes: networks, optimiser moments, entropy coefficient, number of updates."""
+    states, variables = model._get_torch_save_params()
+    found = {f"variable/{name}": _attribute(model, name).detach().clone() for name in variables}
+    for name in states:
+        state = _attribute(model, name).state_dict()
+        if "param_groups" not in state:
+            found |= {f"{name}/{key}": value.detach().clone() for key, value in state.items()}
+            continue
+        for at, moments in state["state"].items():
+            found |= {f"{name}/{at}/{key}": torch.as_tensor(value).clone() for key, value in moments.items()}
+    return {**found, "updates": torch.tensor(model._n_updates)}
+
+
+def load_tensors(model: BaseAlgorithm, tensors: dict[str, Tensor]) -> None:
+    """Put back what `tensors_of` gave.
+
+    Raises:
+        ValueError: The tensors belong to another algorithm or environment.
+    """
+    states, variables = model._get_torch_save_params()
+    try:
+        for name in variables:
+            _attribute(model, name).data.copy_(tensors[f"variable/{name}"])
+        for name in states:
+            target = _attribute(model, name)
+            own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            target.load_state_dict(own if isinstance(target, nn.Module) else _optimizer_state(target, own))
+        model._n_updates = int(tensors["updates"])
+    except (KeyError, RuntimeError, SafetensorError) as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"the stored agent does not fit this run ({line})") from None
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        at, name = key.split("/")
+        moments.setdefault(int(at), {})[name] = value
+    return {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _attribute(model: BaseAlgorithm, dotted: str) -> Any:
+    value: Any = model
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _batch(trajectories: list[Trajectory]) -> dict[str, Tensor]:
+    names = trajectories[0].seen
+    return {name: torch.from_numpy(np.concatenate([t.seen[name] for t in trajectories])) for name in names}
+
+
+def _drain(model: BaseAlgorithm) -> dict[str, float]:
+    """What the algorithm logged about its update."""
+    values = {key: float(value) for key, value in model.logger.name_to_value.items() if key.startswith("train/")}
+    model.logger.name_to_value.clear()
+    return values
+
+
+def _last_layer(model: BaseAlgorithm) -> nn.Linear:
+    """The linear layer that gives the mean action."""
+    for owner, name in ((model.policy, "action_net"), (getattr(model, "actor", None), "mu")):
+        layer = getattr(owner, name, None)
+        if layer is not None:
+            return [module for module in layer.modules() if isinstance(module, nn.Linear)][-1]
+    raise ValueError(f"{type(model).__name__} has no layer for its mean action")
+
+
+def _sizes(algorithm: Algorithm) -> dict[str, Any]:
+    """Settings of the class; its own buffer is replaced by one of the run's size, so it starts tiny."""
+    return {**algorithm.settings, **({"n_steps": 32} if algorithm.on_policy else {"buffer_size": 2})}

@@ -1,0 +1,1 @@
+"""Scripts behind the numbers in the documents: `python -m benchmarks.NAME`."""

@@ -1,0 +1,68 @@
+"""Channel pruning decided layer by layer by learning: environments, surgery and measures for any torch network.
+
+Importing this package registers its environments; everything else is loaded on first use, because torch and the
+tracer take seconds to import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import gymnasium
+
+PUBLIC = {
+    "Budget": "prune_env.pruning.measure",
+    "ChannelPruningEnv": "prune_env.envs.channel_pruning",
+    "EnvConfig": "prune_env.config",
+    "Evaluator": "prune_env.pruning.evaluator",
+    "Measurement": "prune_env.pruning.measure",
+    "Moments": "prune_env.pruning.moments",
+    "Plan": "prune_env.pruning.plan",
+    "Problem": "prune_env.envs.dynamics",
+    "Task": "prune_env.tasks.task",
+    "TaskConfig": "prune_env.config",
+    "count_macs": "prune_env.pruning.measure",
+    "count_params": "prune_env.pruning.measure",
+    "cut": "prune_env.pruning.surgery",
+    "load": "prune_env.pruning.archive",
+    "make": "prune_env.config",
+    "make_env": "prune_env.config",
+    "make_problem": "prune_env.config",
+    "make_task": "prune_env.config",
+    "problem_from": "prune_env.config",
+    "masked": "prune_env.pruning.surgery",
+    "measure_latency": "prune_env.pruning.measure",
+    "save": "prune_env.pruning.archive",
+    "score": "prune_env.pruning.importance",
+    "trace": "prune_env.pruning.tracing",
+}
+"""Public name -> the module that defines it."""
+
+ENVIRONMENTS = {"prune_env/ChannelPruning-v0": "prune_env.config:make_env"}
+"""Environment id -> entry point."""
+
+__all__ = list(PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use."""
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'prune_env' has no attribute {name!r}")
+    value = getattr(import_module(PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})
+
+
+def register_environments() -> None:
+    """Register every environment id that is not yet known; safe to call again."""
+    for name, entry_point in ENVIRONMENTS.items():
+        if name not in gymnasium.registry:
+            gymnasium.register(name, entry_point=entry_point)
+
+
+register_environments()

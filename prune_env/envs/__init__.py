@@ -1,0 +1,1 @@
+"""The decision process: pure dynamics, what is seen, what is paid, and its Gymnasium shells."""

@@ -1,0 +1,259 @@
+"""Static importances: one number per channel of a group, higher = keep.
+
+Every formula works on a *unit*: all filters of all producers that one channel of the group stands for, so coupled
+layers and layers with several positions per channel need no case of their own. Scores are raw: they rank the
+channels of one group; between groups only `second_order` and `taylor` have a common scale.
+"""
+
+from __future__ import annotations
+
+import difflib
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from prune_env.pruning.activations import evaluating, pooled
+from prune_env.pruning.consumer import oriented
+from prune_env.pruning.graph import Group, LayerGraph, Slot
+from prune_env.pruning.moments import Moments, collect
+from prune_env.pruning.surgery import tensor_axes
+
+Batch = tuple[Tensor, Tensor]
+"""Normalised images and their labels."""
+Scores = dict[str, Tensor]
+"""Group name -> `[channels]`."""
+TAYLOR_BATCH = 32
+"""Images per gradient of the Taylor importance."""
+
+
+class Importance(Protocol):
+    """A static importance of one group's channels."""
+
+    def __call__(self, network: nn.Module, group: Group, batch: Batch) -> Float[Tensor, " channel"]:
+        """Higher = keep. The network stays as it is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at, for all groups at once.
+
+    Attributes:
+        network: The dense network.
+        groups: The groups to score.
+        batch: Normalised images and labels.
+        moments: Second moments, if they were collected already.
+        seed: Seed of what is random.
+    """
+
+    network: nn.Module
+    groups: Sequence[Group]
+    batch: Batch
+    moments: Moments | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """An `Importance` that scores any number of groups in one pass.
+
+    Attributes:
+        rank: Scores of all groups of some evidence.
+    """
+
+    rank: Callable[[Evidence], Scores]
+
+    def __call__(self, network: nn.Module, group: Group, batch: Batch) -> Float[Tensor, " channel"]:
+        """Scores of one group."""
+        return self.rank(Evidence(network, (group,), batch))[group.name]
+
+
+def score(
+    name: str, network: nn.Module, graph: LayerGraph, batch: Batch, *, moments: Moments | None = None, seed: int = 0
+) -> Scores:
+    """Scores of all groups by a named importance, in one pass.
+
+    Args:
+        name: An entry of `IMPORTANCES`.
+        network: The dense network; parameters, gradients, mode and random state stay as they are.
+        graph: Its graph.
+        batch: Normalised images and labels, on the network's device.
+        moments: Second moments for `second_order`; None collects them from the images.
+        seed: Seed of `random`.
+
+    Returns:
+        Group name -> `[channels]` float32 on the CPU, higher = keep.
+
+    Raises:
+        ValueError: There is no such importance.
+    """
+    if name not in IMPORTANCES:
+        close = difflib.get_close_matches(name, IMPORTANCES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known importances: {', '.join(IMPORTANCES)}"
+        raise ValueError(f"importance {name!r} is unknown; {hint}")
+    return IMPORTANCES[name].rank(Evidence(network, graph.groups, batch, moments, seed))
+
+
+def l1(evidence: Evidence) -> Scores:
+    """Sum of the absolute weights of a unit (Li et al., ICLR 2017)."""
+    return {group.name: sum(w.abs().sum((1, 2)) for w in _filters(evidence, group)) for group in evidence.groups}
+
+
+def l2(evidence: Evidence) -> Scores:
+    """Euclidean norm of a unit's weights."""
+    return {
+        group.name: sum(w.square().sum((1, 2)) for w in _filters(evidence, group)).sqrt() for group in evidence.groups
+    }
+
+
+def geometric_median(evidence: Evidence) -> Scores:
+    """Sum of the distances to the other units, sum_j ||w_c - w_j||, on raw weights (He et al., CVPR 2019, eq. 6).
+
+    The units nearest to the geometric median of all units can be replaced by the others.
+    """
+    scores = {}
+    for group in evidence.groups:
+        units = torch.cat([w.flatten(1) for w in _filters(evidence, group)], dim=1)
+        scores[group.name] = torch.cdist(units, units).fill_diagonal_(0).sum(1)
+    return scores
+
+
+def bn_scale(evidence: Evidence) -> Scores:
+    """Sum of the absolute scales of the norms that carry a unit (Liu et al., ICCV 2017); `l2` where no norm does."""
+    scores = l2(evidence)
+    for group in evidence.groups:
+        norms = [slot for slot in group.carriers if _is_scaled_norm(evidence.network, slot)]
+        if norms:
+            scores[group.name] = sum(
+                _per_channel(evidence.network.get_submodule(slot.module).weight.detach().abs(), slot, group)
+                for slot in norms
+            )
+    return scores
+
+
+def taylor(evidence: Evidence) -> Scores:
+    """(sum over a unit's weights and biases of w dL/dw)^2, averaged over batches of 32 images.
+
+    First-order estimate of the squared change of the loss when the unit goes, taken jointly over the unit
+    (Molchanov et al., CVPR 2019, the importance of a structural parameter as the square of the summed products).
+    """
+    network, (images, labels) = evidence.network, evidence.batch
+    scores = {group.name: torch.zeros(group.channels) for group in evidence.groups}
+    producers = {slot.module for group in evidence.groups for slot in group.producers}
+    tensors = [p for name in sorted(producers) for p in network.get_submodule(name).parameters(recurse=False)]
+    batches = list(zip(images.split(TAYLOR_BATCH), labels.split(TAYLOR_BATCH), strict=True))
+    with evaluating(network), _differentiable(tensors):
+        for x, y in batches:
+            loss = functional.cross_entropy(network(x).float(), y)
+            slopes = torch.autograd.grad(loss, tensors, allow_unused=True)
+            products = {id(t): t.detach() * g for t, g in zip(tensors, slopes, strict=True) if g is not None}
+            for group in evidence.groups:
+                change = sum(_summed(products, network, slot, group) for slot in group.producers)
+                scores[group.name] += change.square() / len(batches)
+    return scores
+
+
+def activation(evidence: Evidence) -> Scores:
+    """Mean absolute value, over images and positions, of what the consumers read."""
+    return {name: value.mean(0) for name, value in pooled(evidence.network, evidence.groups, evidence.batch[0]).items()}
+
+
+def second_order(evidence: Evidence) -> Scores:
+    """Error of the consumers' outputs when a unit has gone after all weaker ones; see `Moments.second_order`.
+
+    A group none of whose consumers has moments is scored by `l2`.
+    """
+    moments = evidence.moments or collect(evidence.network, evidence.groups, evidence.batch[0])
+    scores = l2(evidence)
+    scores.update({g.name: moments.second_order(evidence.network, g) for g in evidence.groups if moments.covers(g)})
+    return scores
+
+
+def random(evidence: Evidence) -> Scores:
+    """A number in [0, 1) drawn from the seed and the unit's weights, so that it moves with the channel."""
+    scores = {}
+    for group in evidence.groups:
+        units = torch.cat([w.flatten(1) for w in _filters(evidence, group)], dim=1).numpy()
+        seeds = [(evidence.seed, zlib.crc32(unit.tobytes())) for unit in units]
+        scores[group.name] = torch.tensor([np.random.default_rng(seed).random() for seed in seeds]).float()
+    return scores
+
+
+IMPORTANCES: Mapping[str, Criterion] = MappingProxyType(
+    {
+        "l1": Criterion(l1),
+        "l2": Criterion(l2),
+        "geometric_median": Criterion(geometric_median),
+        "bn_scale": Criterion(bn_scale),
+        "taylor": Criterion(taylor),
+        "activation": Criterion(activation),
+        "second_order": Criterion(second_order),
+        "random": Criterion(random),
+    }
+)
+
+
+def _filters(evidence: Evidence, group: Group) -> list[Float[Tensor, "channel filter weight"]]:
+    """Weights of each producer by unit, on the CPU; where units differ in size, the missing filters are zero."""
+    return [
+        _stacked(oriented(evidence.network.get_submodule(slot.module)).flatten(1).float().cpu(), slot, group.channels)
+        for slot in group.producers
+    ]
+
+
+def _stacked(rows: Float[Tensor, "position weight"], slot: Slot, channels: int) -> Tensor:
+    order = np.argsort(slot.unit, kind="stable")
+    unit = slot.unit[order]
+    sizes = np.bincount(unit, minlength=channels)
+    within = np.arange(len(unit)) - (np.cumsum(sizes) - sizes)[unit]
+    stacked = torch.zeros(channels, int(sizes.max()), rows.shape[1])
+    stacked[torch.from_numpy(unit), torch.from_numpy(within)] = rows[torch.from_numpy(slot.index[order])]
+    return stacked
+
+
+def _per_channel(values: Float[Tensor, " position"], slot: Slot, group: Group) -> Float[Tensor, " channel"]:
+    """Sum of an axis' values over the positions of each channel, on the CPU."""
+    selected = values.detach().float().cpu()[torch.from_numpy(slot.index)]
+    return torch.zeros(group.channels).index_add_(0, torch.from_numpy(slot.unit), selected)
+
+
+def _is_scaled_norm(network: nn.Module, slot: Slot) -> bool:
+    if slot.role != "both":
+        return False
+    module = network.get_submodule(slot.module)
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.dim() == 1 and not isinstance(module, nn.PReLU)
+
+
+@contextmanager
+def _differentiable(tensors: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients with respect to some parameters, frozen or not."""
+    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
+    try:
+        for tensor in frozen:
+            tensor.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
+
+
+def _summed(products: Mapping[int, Tensor], network: nn.Module, slot: Slot, group: Group) -> Float[Tensor, " channel"]:
+    """Sum over each unit of what is known of a producer's weight and bias."""
+    module = network.get_submodule(slot.module)
+    total = torch.zeros(group.channels)
+    for name, axis in tensor_axes(module, slot.role):
+        product = products.get(id(getattr(module, name)))
+        if product is not None:
+            total += _per_channel(product.movedim(axis, 0).flatten(1).sum(1), slot, group)
+    return total

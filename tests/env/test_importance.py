@@ -1,0 +1,204 @@
+"""Static importances: each formula on three channels by hand, and the laws that bind them all."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from prune_env.pruning.graph import Group, LayerGraph, Slot
+from prune_env.pruning.importance import IMPORTANCES, score
+from prune_env.pruning.moments import Moments
+from prune_env.pruning.tracing import trace
+from tests.env.small_networks import NETWORKS, build, example
+
+WEIGHTS = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-5.0, 12.0]])
+"""Three filters of two weights: norms 5, 0, 13."""
+ONE_BATCH = (torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
+
+
+def slot(module: str, role: str, index: list[int] | None = None, unit: list[int] | None = None) -> Slot:
+    return Slot(module, role, np.array(index or [0, 1, 2]), np.array(unit or [0, 1, 2]))
+
+
+def three_channels() -> tuple[nn.Module, Group]:
+    """Linear, norm, ReLU, linear with three hidden channels."""
+    network = nn.Sequential(nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    with torch.no_grad():
+        network[0].weight.copy_(WEIGHTS)
+        network[1].weight.copy_(torch.tensor([-2.0, 1.0, 0.5]))
+    return network, Group("0", 3, (slot("0", "out"),), (slot("1", "both"),), (slot("3", "in"),))
+
+
+def found(name: str) -> list[float]:
+    network, group = three_channels()
+    return IMPORTANCES[name](network, group, ONE_BATCH).tolist()
+
+
+def test_l1_by_hand() -> None:
+    assert found("l1") == [7, 0, 17]
+
+
+def test_l2_by_hand() -> None:
+    assert found("l2") == [5, 0, 13]
+
+
+def test_geometric_median_by_hand() -> None:
+    # Distances: 0-1 is 5, 1-2 is 13, 0-2 is sqrt(64 + 64).
+    across = 128**0.5
+    assert found("geometric_median") == pytest.approx([5 + across, 18, 13 + across])
+
+
+def test_bn_scale_by_hand() -> None:
+    assert found("bn_scale") == [2, 1, 0.5]
+
+
+def test_bn_scale_falls_back_to_l2_where_no_norm_carries_the_channels() -> None:
+    network, group = three_channels()
+    bare = Group(group.name, 3, group.producers, (), group.consumers)
+    assert IMPORTANCES["bn_scale"](network, bare, ONE_BATCH).tolist() == [5, 0, 13]
+
+
+def test_activation_by_hand() -> None:
+    # Both images see one weight per channel; the norm scales by -2, 1, .5 and the ReLU clips.
+    values = WEIGHTS * torch.tensor([[-2.0], [1.0], [0.5]]) / (1 + 1e-5) ** 0.5
+    assert found("activation") == pytest.approx(values.clamp_min(0).mean(1).tolist())
+
+
+def test_taylor_by_hand() -> None:
+    # Outputs h = W x, logits (h_0 + h_1 + h_2, 0), label 0: dL/dh = -(1 - p), so w dL/dw summed is -(1 - p) h.
+    network = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False)).eval()
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([[1.0, 0.5], [0.0, -1.0], [-0.5, 0.25]]))
+        network[1].weight.copy_(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]))
+    group = Group("0", 3, (slot("0", "out"),), (), (slot("1", "in"),))
+    x = torch.tensor([[1.0, 2.0]])
+    h = torch.tensor([2.0, -2.0, 0.0])
+    wanted = ((1 - torch.sigmoid(h.sum())) * h) ** 2
+    torch.testing.assert_close(IMPORTANCES["taylor"](network, group, (x, torch.tensor([0]))), wanted)
+    # Batches of 32 are averaged: a second, equal batch changes nothing.
+    doubled = (x.repeat(64, 1), torch.zeros(64, dtype=torch.int64))
+    torch.testing.assert_close(IMPORTANCES["taylor"](network, group, doubled), wanted)
+
+
+def test_second_order_by_hand() -> None:
+    # Uncorrelated inputs of equal power 2 and output weights 1, 3, 2 (no bias): energies 2, 18, 8 and 28 at the end.
+    network = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 1, bias=False)).eval()
+    with torch.no_grad():
+        network[0].weight.copy_(torch.eye(3))
+        network[1].weight.copy_(torch.tensor([[1.0, 3.0, 2.0]]))
+    group = Group("0", 3, (slot("0", "out"),), (), (slot("1", "in"),))
+    images = 6**0.5 * torch.cat([torch.eye(3), -torch.eye(3)])
+    score = IMPORTANCES["second_order"](network, group, (images, torch.zeros(6, dtype=torch.int64)))
+    torch.testing.assert_close(score, torch.tensor([1.0, 14.0, 5.0]) / 14)
+
+
+def test_several_producers_and_positions_of_one_channel_are_one_unit() -> None:
+    network, _ = three_channels()
+    pairs = Group("0", 1, (slot("0", "out", [0, 2], [0, 0]), slot("0", "out", [1], [0])), (), (slot("3", "in"),))
+    assert IMPORTANCES["l1"](network, pairs, ONE_BATCH).tolist() == [24]
+    assert IMPORTANCES["l2"](network, pairs, ONE_BATCH).tolist() == pytest.approx([(25 + 169) ** 0.5])
+
+
+def permuted(network: nn.Module, group: Group, order: np.ndarray) -> nn.Module:
+    """The same function with the group's channels in another order."""
+    from prune_env.pruning.surgery import tensor_axes
+
+    other = copy.deepcopy(network)
+    for one in group.slots:
+        sort = np.argsort(one.unit, kind="stable")
+        index, unit = one.index[sort], one.unit[sort]
+        first = np.searchsorted(unit, np.arange(group.channels))
+        source = index[first[order[unit]] + np.arange(len(unit)) - first[unit]]
+        with torch.no_grad():
+            if one.role == "parameter":
+                tensors = [(other.get_parameter(one.module), one.dim)]
+            else:
+                module = other.get_submodule(one.module)
+                tensors = [(getattr(module, name, None), axis) for name, axis in tensor_axes(module, one.role)]
+            for tensor, axis in tensors:
+                if tensor is not None:
+                    values = tensor.index_select(axis, torch.from_numpy(source))
+                    tensor.index_copy_(axis, torch.from_numpy(index), values)
+    return other
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_permuting_channels_permutes_importance(name: str, importance: str) -> None:
+    network = build(name)
+    graph = trace(network, example())
+    batch = (example(40), torch.arange(40) % 5)
+    if name == "transposed":
+        network = nn.Sequential(network, nn.Flatten())
+        graph = trace(network, example())
+    plain = score(importance, network, graph, batch)
+    for group in graph.groups:
+        order = np.random.default_rng(0).permutation(group.channels)
+        other = permuted(network, group, order)
+        with torch.no_grad():
+            torch.testing.assert_close(other(batch[0]), network(batch[0]), rtol=1e-3, atol=1e-4)
+        again = score(importance, other, graph, batch)[group.name]
+        torch.testing.assert_close(again, plain[group.name][torch.from_numpy(order)], rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_scores_are_repeatable_finite_and_leave_the_network_alone(importance: str) -> None:
+    network = build("residual")
+    graph = trace(network, example())
+    network.stem.train()
+    network.head.requires_grad_(False)
+    network.stem[0].requires_grad_(False)
+    network.head.weight.grad = torch.ones_like(network.head.weight)
+    before = copy.deepcopy(network)
+    state = torch.get_rng_state()
+    batch = (example(40), torch.arange(40) % 5)
+    one, two = (score(importance, network, graph, batch) for _ in range(2))
+    assert list(one) == [group.name for group in graph.groups]
+    for group in graph.groups:
+        assert one[group.name].shape == (group.channels,)
+        assert one[group.name].dtype == torch.float32
+        assert one[group.name].isfinite().all()
+        assert (one[group.name] >= 0).all()
+        assert not one[group.name].requires_grad
+        assert torch.equal(one[group.name], two[group.name])
+        alone = IMPORTANCES[importance](network, group, batch)
+        torch.testing.assert_close(alone, one[group.name], rtol=1e-3, atol=1e-6)
+    assert torch.equal(state, torch.get_rng_state())
+    for left, right in zip(network.modules(), before.modules(), strict=True):
+        assert left.training == right.training
+    for left, right in zip(network.parameters(), before.parameters(), strict=True):
+        assert left.requires_grad == right.requires_grad
+        assert torch.equal(left, right)
+        assert (left.grad is None) == (right.grad is None)
+    for left, right in zip(network.buffers(), before.buffers(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_misspelt_importance_names_the_closest() -> None:
+    network, group = three_channels()
+    graph = LayerGraph((group,), {}, (), {})
+    with pytest.raises(ValueError, match="did you mean 'taylor'"):
+        score("tailor", network, graph, ONE_BATCH)
+    with pytest.raises(ValueError, match="known importances: l1, l2"):
+        score("xyz", network, graph, ONE_BATCH)
+
+
+def test_random_scores_follow_the_seed() -> None:
+    network, group = three_channels()
+    graph = LayerGraph((group,), {}, (), {})
+    one, two = (score("random", network, graph, ONE_BATCH, seed=seed)["0"] for seed in (0, 1))
+    assert not torch.equal(one, two)
+    assert len(set(one.tolist())) == 3
+
+
+def test_given_moments_are_used() -> None:
+    network = build("residual")
+    graph = trace(network, example())
+    moments = Moments.collect(network, graph, example(50, seed=9))
+    scores = score("second_order", network, graph, (example(4), torch.zeros(4, dtype=torch.int64)), moments=moments)
+    for group in graph.groups:
+        assert torch.equal(scores[group.name], moments.second_order(network, group))

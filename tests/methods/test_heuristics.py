@@ -1,0 +1,75 @@
+"""What each heuristic is for, on a problem whose evaluator counts how often it is asked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from baselines import METHODS, Method
+from baselines.allocate import Counts
+from baselines.heuristics import GREEDY_ROUNDS
+from baselines.method import case_of
+from prune_env.config import make_problem
+from prune_env.envs.dynamics import Problem
+from tests.methods.own_tasks import own_task
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return make_problem(own_task("residual"), budget=0.5, recalibrate=False, refit="none", calibration_images=96)
+
+
+def counts_of(method: Method, problem: Problem, *, budget: float = 0.5, seed: int = 0) -> Counts:
+    return method.allocate(case_of(method, problem, budget=budget, seed=seed))
+
+
+def test_only_greedy_evaluates_and_not_more_than_it_says(problem: Problem) -> None:
+    for name, method in METHODS.items():
+        before = problem.evaluator.evaluations
+        counts_of(method, problem)
+        asked = problem.evaluator.evaluations - before
+        assert (0 < asked <= (GREEDY_ROUNDS + 1) * len(problem.steps)) if name == "greedy" else asked == 0
+
+
+def test_uniform_keeps_nearly_the_same_share_everywhere(problem: Problem) -> None:
+    channels = np.array(problem.channels)
+    shares = counts_of(METHODS["uniform"], problem) / channels
+    assert np.ptp(shares) <= 2 / channels.min()
+
+
+def test_first_and_last_group_stay_whole(problem: Problem) -> None:
+    counts = counts_of(METHODS["first_last"], problem, budget=0.8)
+    assert (counts[0], counts[-1]) == (problem.channels[0], problem.channels[-1])
+
+
+def test_global_magnitude_does_not_see_the_scale_of_a_group(problem: Problem) -> None:
+    method = METHODS["global_magnitude"]
+    case = case_of(method, problem)
+    first = problem.graph.groups[problem.steps[0]].name
+    scaled = Method("scaled", "", importance=lambda case: {**case.scores, first: 100 * case.scores[first]})
+    np.testing.assert_array_equal(method.allocate(case), method.allocate(case_of(scaled, problem)))
+
+
+def test_error_curves_sum_to_no_more_error_than_uniform_or_any_other(problem: Problem) -> None:
+    curves = problem.fields["error_curve"]
+    keep = np.linspace(0, 1, curves.shape[1])
+
+    def error(counts: Counts) -> float:
+        shares = counts / np.array(problem.channels)
+        return sum(float(np.interp(share, keep, curve)) for share, curve in zip(shares, curves, strict=False))
+
+    for budget in (0.3, 0.5, 0.8):
+        free = error(counts_of(METHODS["error_curves"], problem, budget=budget))
+        for method in METHODS.values():
+            assert free <= error(counts_of(method, problem, budget=budget)) + 0.02
+
+
+def test_random_spends_its_budget(problem: Problem) -> None:
+    budget = 0.5 * problem.total
+    spent = []
+    for seed in range(20):
+        counts = problem.graph.full.copy()
+        counts[list(problem.steps)] = counts_of(METHODS["random"], problem, seed=seed)
+        spent.append(float(problem.graph.cost["macs"](counts)) / budget)
+    assert max(spent) <= 1
+    assert np.mean(spent) >= 0.85
