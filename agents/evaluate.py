@@ -16,8 +16,7 @@ from rich.table import Table
 from agents.cli import guarded, parse
 from agents.record import RunFolder
 from agents.report import Row, measure_test
-from agents.train import make_task_of
-from prune_env.config import build
+from agents.train import make_task_of, problem_of
 from prune_env.pruning import archive
 from prune_env.pruning.measure import count_macs, count_params, measure_latency
 
@@ -72,7 +71,7 @@ def replay(run: RunFolder, *, threads: int = 1) -> tuple[Row, dict[str, Any]]:
     config, plan = run.config, run.plan
     torch.set_num_threads(config.threads or torch.get_num_threads())
     task = make_task_of(config)
-    problem = build(task, config.env())
+    problem = problem_of(task, config)
     plan.check(problem.graph)
     network, stored = problem.evaluator.realise(plan), archive.load(run.path, allow=_package(config.network))
     accuracy, loss = problem.evaluator.meter.accuracy_and_loss(network)

@@ -66,7 +66,7 @@ def draft(
     disturbed[rng.integers(len(best))] = True
     noise = np.where(disturbed, sigma, 0.0)
     if episode < guided or episode % 2:
-        script = [truncated_normal(rng, mean, width) for mean, width in zip(best, noise, strict=True)]
+        script = [truncated_normal(rng, mean, width) for mean, width in zip(best.tolist(), noise, strict=True)]
         return Draft("disturbed best", np.array(script), noise, rng)
     return Draft("policy", None, np.zeros(len(best)) if own_noise else noise, rng)
 

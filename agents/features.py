@@ -14,7 +14,9 @@ class JoinedFields(BaseFeaturesExtractor):
     It has no parameters: the fields are already normalised by the environment, and a search has few samples.
     """
 
-    def __init__(self, observation_space: spaces.Dict) -> None:
+    def __init__(self, observation_space: spaces.Space) -> None:
+        if not isinstance(observation_space, spaces.Dict):
+            raise ValueError(f"a flat Dict of Boxes is allowed as observation space, not {observation_space}")
         super().__init__(observation_space, features_dim=sum(spaces.flatdim(s) for s in observation_space.values()))
         self.fields = tuple(observation_space.spaces)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,43 +18,6 @@ from agents.episode import Memory, Trajectory
 from agents.features import JoinedFields
 
 Observations = dict[str, np.ndarray]
-
-
-class Learner(Protocol):
-    """Acts on batches of observations and learns from the newest episodes of a memory."""
-
-    model: BaseAlgorithm
-    own_noise: bool
-
-    def act(self, seen: Observations) -> np.ndarray:
-        """Actions `[n]` while exploring."""
-        ...
-
-    def learn(self, memory: Memory, returns: np.ndarray) -> dict[str, float]:
-        """Update after a round; `returns` has one normalised return per episode. Gives what to log."""
-        ...
-
-
-def make_learner(algorithm: Algorithm, venv: VecEnv, *, episodes: int, seed: int) -> OffPolicy | OnPolicy:
-    """A fresh learner whose deterministic policy is the uniform plan.
-
-    Args:
-        algorithm: From the table.
-        venv: Gives the spaces; its actions are relative to the even share.
-        episodes: Of the whole run.
-        seed: Seed of the initial weights.
-    """
-    policy = {**algorithm.policy, "features_extractor_class": JoinedFields}
-    model = algorithm.make("MultiInputPolicy", venv, policy_kwargs=policy, seed=seed, device="cpu", **_sizes(algorithm))
-    model.set_logger(Logger(None, []))
-    model._current_progress_remaining = 1.0
-    with torch.no_grad():
-        last = _last_layer(model)
-        last.weight.mul_(0.01)
-        last.bias.zero_()
-        if hasattr(model, "actor_target"):
-            model.actor_target.load_state_dict(model.actor.state_dict())
-    return OnPolicy(algorithm, model) if algorithm.on_policy else OffPolicy(algorithm, model, episodes)
 
 
 class OffPolicy:
@@ -151,6 +114,32 @@ class OnPolicy:
         model.rollout_buffer = buffer
 
 
+Learner = OffPolicy | OnPolicy
+"""Acts on batches of observations, and learns from the newest episodes of a memory."""
+
+
+def make_learner(algorithm: Algorithm, venv: VecEnv, *, episodes: int, seed: int) -> Learner:
+    """A fresh learner whose deterministic policy is the uniform plan.
+
+    Args:
+        algorithm: From the table.
+        venv: Gives the spaces; its actions are relative to the even share.
+        episodes: Of the whole run.
+        seed: Seed of the initial weights.
+    """
+    policy = {**algorithm.policy, "features_extractor_class": JoinedFields}
+    model = algorithm.make("MultiInputPolicy", venv, policy_kwargs=policy, seed=seed, device="cpu", **_sizes(algorithm))
+    model.set_logger(Logger(None, []))
+    model._current_progress_remaining = 1.0
+    with torch.no_grad():
+        last = _last_layer(model)
+        last.weight.mul_(0.01)
+        last.bias.zero_()
+        if hasattr(model, "actor_target"):
+            model.actor_target.load_state_dict(model.actor.state_dict())
+    return OnPolicy(algorithm, model) if algorithm.on_policy else OffPolicy(algorithm, model, episodes)
+
+
 def imitate(model: BaseAlgorithm, optimizer: torch.optim.Optimizer, elite: list[Trajectory], steps: int) -> float:
     """Steps of the deterministic policy toward the actions of the best episodes; returns the last squared error."""
     seen = _batch(elite)
@@ -163,7 +152,7 @@ def imitate(model: BaseAlgorithm, optimizer: torch.optim.Optimizer, elite: list[
         loss.backward()
         optimizer.step()
     model.policy.set_training_mode(False)
-    return float(loss)
+    return float(loss.detach())
 
 
 def tensors_of(model: BaseAlgorithm) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ def make_workers(problem: Problem, config: EnvConfig, *, workers: int) -> VecEnv
         workers: How many.
     """
     if workers == 1:
-        return DummyVecEnv([lambda: AgentView(ChannelPruningEnv(problem=problem))])
+        return DummyVecEnv([lambda: AgentView(ChannelPruningEnv(problem))])
     return SubprocVecEnv([partial(_remote, config)] * workers)
 
 
@@ -40,7 +40,7 @@ def _remote(config: EnvConfig) -> AgentView:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Two processes with two threads each stall one another (OpenMP spins), so a worker has one.
     torch.set_num_threads(1)
-    return AgentView(ChannelPruningEnv(problem=make(config)))
+    return AgentView(ChannelPruningEnv(make(config)))
 
 
 def play(

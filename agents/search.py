@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from agents import exploration, rounds
 from agents.algorithms import ALGORITHMS
 from agents.config import TrainConfig
 from agents.episode import Episode, Memory
-from agents.learner import OffPolicy, OnPolicy, load_tensors, make_learner, tensors_of
+from agents.learner import Learner, load_tensors, make_learner, tensors_of
 from agents.record import RunFolder, write
 from agents.view import actions_of
 from baselines import heuristics
@@ -33,6 +33,7 @@ KNOWN = (heuristics.UNIFORM, heuristics.ERROR_CURVES, heuristics.GLOBAL_MAGNITUD
 """Plans of the first episodes, none of which costs an evaluation to find; uniform is the zero of the returns."""
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Watches a search."""
 
@@ -51,7 +52,7 @@ class Observer(Protocol):
 
 def search(
     problem: Problem, config: TrainConfig, venv: VecEnv, run: RunFolder, *, observers: Sequence[Observer] = ()
-) -> tuple[Memory, OffPolicy | OnPolicy]:
+) -> tuple[Memory, Learner]:
     """Run, or resume, the episodes of a run.
 
     Returns:
@@ -75,7 +76,7 @@ def best_plan(problem: Problem, memory: Memory) -> Plan:
     return Plan.of_counts(problem.graph, np.array(memory.episodes[best].counts), problem.scores)
 
 
-def policy_plan(problem: Problem, learner: OffPolicy | OnPolicy, venv: VecEnv) -> Plan:
+def policy_plan(problem: Problem, learner: Learner, venv: VecEnv) -> Plan:
     """The plan of the learner's deterministic policy."""
     seen, done, infos = venv.reset(), np.zeros(venv.num_envs, dtype=bool), []
     while not done.all():

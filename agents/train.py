@@ -26,7 +26,7 @@ from agents.record import RunFolder, refuse_existing, sweep, write
 from agents.report import FINE_TUNED, Reporter, Row, table, uniform_plan
 from agents.rounds import make_workers
 from agents.search import best_plan, policy_plan, search, settings_of
-from prune_env.config import build, make_task
+from prune_env.config import Material, build, make_task
 from prune_env.envs.dynamics import Problem
 from prune_env.pruning import archive
 from prune_env.pruning.plan import Plan
@@ -100,7 +100,7 @@ def _run(config: TrainConfig, path: Path, console: Console) -> dict[str, Row]:
     console.rule(f"{config.task}, {config.algorithm}, seed {config.seed}")
     with stages(console) as tell:
         task = make_task_of(config, progress=tell)
-        problem = build(task, config.env())
+        problem = problem_of(task, config)
     run = RunFolder.open(path) if path.exists() else RunFolder.create(path, config)
     sweep(path)
     with closing(make_workers(problem, config.env(), workers=config.workers)) as venv:
@@ -164,6 +164,13 @@ def make_task_of(config: TrainConfig, *, progress: Any = None) -> Task:
     """The task of a run, with its dense measurement."""
     options = asdict(config.env().task)
     return make_task(options.pop("task"), progress=progress, **options)
+
+
+def problem_of(task: Task, config: TrainConfig) -> Problem:
+    """The decision problem of a run: the one that `prune_env.config.make` builds, from a task that is there already."""
+    env = config.env()
+    calibration, search_split = task.calibration(env.calibration_images), task.search.take(len(task.search))
+    return build(Material(task.name, task.network, calibration, search_split, task.dense), env)
 
 
 @contextmanager

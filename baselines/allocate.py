@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 Counts = Int[np.ndarray, " group"]
 Keys = tuple[Float[np.ndarray, " _"], ...]
@@ -27,7 +28,8 @@ class Choices:
 
     Attributes:
         levels: per group the channel counts allowed, rising; one level only for a group that is left alone.
-        cost: closed form of the resource, integer counts [..., group] to [...]; keeping more never lowers it.
+        cost: closed form of the resource, integer counts [..., group] to [...]: a polynomial of degree at most two in
+            each count; keeping more never lowers it.
         limit: the most that may be spent, in the unit of `cost`.
     """
 
@@ -48,6 +50,17 @@ class Choices:
             least = float(self.cost(self.minimum))
             raise ValueError(f"limit={self.limit:g} is below the reachable minimum of {least:g}")
 
+    @cached_property
+    def heights(self) -> Counts:
+        """The highest rung of each group."""
+        return np.array([len(levels) - 1 for levels in self.levels], dtype=np.int64)
+
+    @cached_property
+    def _table(self) -> Int[np.ndarray, "group level"]:
+        """Levels as one table, filled up with each group's highest."""
+        widest = int(self.heights.max(initial=0)) + 1
+        return np.stack([np.pad(levels, (0, widest - len(levels)), mode="edge") for levels in self.levels])
+
     @property
     def minimum(self) -> Counts:
         """Every group at its lowest level."""
@@ -56,11 +69,11 @@ class Choices:
     @property
     def full(self) -> Counts:
         """Every group at its highest level."""
-        return self.at(np.array([len(levels) - 1 for levels in self.levels], dtype=np.int64))
+        return self.at(self.heights)
 
-    def at(self, rungs: Counts) -> Counts:
+    def at(self, rungs: Int[np.ndarray, "*batch group"]) -> Int[np.ndarray, "*batch group"]:
         """Counts of the groups standing on these rungs (0 = the lowest level)."""
-        return np.array([levels[rung] for levels, rung in zip(self.levels, rungs, strict=True)], dtype=np.int64)
+        return self._table[np.arange(len(self.levels)), rungs]
 
     def rungs(self, counts: Counts) -> Counts:
         """The rung of each group's count: the inverse of `at`."""
@@ -246,49 +259,46 @@ def _priced(choices: Choices, errors: Curves) -> list[Counts]:
 
 
 def _respond(choices: Choices, errors: Curves, *, price: float) -> Counts:
-    rungs = choices.rungs(choices.full)
+    rungs, counts = choices.heights.copy(), choices.full
     for _ in range(20):  # error + price * cost falls in every sweep, so this ends; the bound is for float ties
         before = rungs.copy()
         for group, error in enumerate(errors):
-            cost = choices.cost(_variants(choices, rungs, group))
-            value = error + price * (cost - cost[0])
+            value = error + price * _slope(choices, counts, group)
             rungs[group] = len(value) - 1 - int(np.argmin(value[::-1]))
+            counts[group] = choices.levels[group][rungs[group]]
         if np.array_equal(before, rungs):
             break
     return rungs
 
 
-def _variants(choices: Choices, rungs: Counts, group: int) -> Int[np.ndarray, "level group"]:
-    """The counts with one group at each of its levels in turn."""
-    counts = np.repeat(choices.at(rungs)[None], len(choices.levels[group]), axis=0)
-    counts[:, group] = choices.levels[group]
-    return counts
+def _slope(choices: Choices, counts: Counts, group: int) -> Float[np.ndarray, " level"]:
+    """What one group costs at each of its levels, above no channels at all, while the others stand."""
+    rows = np.repeat(counts[None], 3, axis=0)
+    rows[:, group] = (0, 1, 2)
+    zero, one, two = choices.cost(rows)
+    square = (two - 2 * one + zero) / 2
+    levels = choices.levels[group]
+    return levels * (one - zero - square + square * levels)
 
 
 def _spend(choices: Choices, rungs: Counts, errors: Curves) -> Counts:
-    """Raise groups while anything fits: to the level with the largest fall of error per cost, anywhere above."""
-    rungs = rungs.copy()
+    """Raise groups a level at a time while any fits, first where the error falls most per cost."""
+    rungs, steps = rungs.copy(), np.eye(len(errors), dtype=np.int64)
     while True:
-        best: tuple[float, int, int] | None = None
-        spent = float(choices.cost(choices.at(rungs)))
-        for group, error in enumerate(errors):
-            above = slice(rungs[group] + 1, None)
-            cost = choices.cost(_variants(choices, rungs, group)[above])
-            fits: Bool[np.ndarray, " level"] = cost <= choices.limit
-            if not fits.any():
-                continue
-            gain = (error[rungs[group]] - error[above][fits]) / np.maximum(cost[fits] - spent, 1e-9)
-            rung = int(np.argmax(gain))
-            if best is None or gain[rung] > best[0]:
-                best = (float(gain[rung]), group, int(rungs[group]) + 1 + rung)
-        if best is None:
+        spent = choices.cost(choices.at(rungs))
+        free = np.flatnonzero(rungs < choices.heights)
+        price = choices.cost(choices.at(rungs + steps[free])) - spent
+        fits = price <= choices.limit - spent
+        free, price = free[fits], price[fits]
+        if not len(free):
             return rungs
-        rungs[best[1]] = best[2]
+        falls = np.array([errors[group][rungs[group]] - errors[group][rungs[group] + 1] for group in free])
+        rungs[free[np.argmax(falls / np.maximum(price, 1e-9))]] += 1
 
 
 def _trade(choices: Choices, rungs: Counts, errors: Curves) -> Counts:
-    """Lower one group a level, spend what that frees, and keep it if the sum of errors falls; until nothing helps."""
-    for _ in range(4 * len(errors)):
+    """Lower one group a level and spend what that frees; keep it if the sum of errors falls, until nothing helps."""
+    for _ in range(2 * len(errors)):
         lowered = [rungs - step for step in np.eye(len(rungs), dtype=np.int64) if np.all(rungs - step >= 0)]
         traded = [_spend(choices, lower, errors) for lower in lowered]
         best = min(traded, key=lambda other: _total(errors, other), default=rungs)
@@ -331,7 +341,8 @@ def greedy(choices: Choices, value: Callable[[Counts], float], *, rounds: int = 
 
 def _lowered(choices: Choices, counts: Counts, group: int, goal: float) -> Counts:
     """One group at its highest level, not above the present one, that reaches the goal; else at its minimum."""
-    variants = _variants(choices, choices.rungs(counts), group)
-    below = variants[variants[:, group] <= counts[group]]
-    reached = below[choices.cost(below) <= goal]
-    return reached[-1] if len(reached) else below[0]
+    levels = choices.levels[group][: choices.rungs(counts)[group] + 1]
+    variants = np.repeat(counts[None], len(levels), axis=0)
+    variants[:, group] = levels
+    reached = np.count_nonzero(choices.cost(variants) <= goal)
+    return variants[max(reached - 1, 0)]

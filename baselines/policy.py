@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from baselines.allocate import Counts
 from baselines.method import Method, case_of
@@ -112,10 +112,10 @@ class MethodPolicy:
         return max(below, self.problem.minimum / self.problem.total)
 
 
-def _steps(problem: Problem, observation: Observation) -> np.ndarray:
+def _steps(problem: Problem, observation: Observation) -> Int64[np.ndarray, "*batch"]:
     """The step that each observation stands at; the end of an episode counts as its last step."""
-    position = np.asarray(observation["position"], dtype=np.float64)[..., 0] * len(problem.steps)
-    return np.minimum(np.rint(position).astype(np.int64), len(problem.steps) - 1)
+    position = np.asarray(observation["position"], dtype=np.float64)[..., 0]
+    return np.asarray(np.minimum(np.rint(position * len(problem.steps)), len(problem.steps) - 1), dtype=np.int64)
 
 
 def _shares(problem: Problem, counts: Counts) -> Float32[np.ndarray, " step"]:

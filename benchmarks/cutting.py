@@ -97,7 +97,7 @@ def main(settings: Settings) -> None:
     show(
         f"Cutting for one episode, keep {settings.keep} in every group "
         f"(median of {settings.rounds}, {settings.threads} thread)",
-        ["network", "cut [ms]", "Torch-Pruning [ms]", "faster", "macs left", "macs left (T-P)"],
+        ["network", "cut, ms", "Torch-Pruning, ms", "faster", "macs left", "macs left (T-P)"],
         [measure(name, side, settings) for name, side in NETWORKS.items()],
     )
 

@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
     show(
         f"Evaluation at {settings.budget} of the macs (bfloat16, median of {settings.rounds}, "
         f"{settings.threads} threads)",
-        ["network", "macs left", "cut [images/s]", "masked [images/s]", "faster"],
+        ["network", "macs left", "cut, images/s", "masked, images/s", "faster"],
         [measure(name, settings) for name in settings.networks],
     )
 

@@ -1,6 +1,6 @@
 """A step that does not end the episode: what deciding costs beside measuring.
 
-    python -m benchmarks.step
+python -m benchmarks.step
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(1)
     show(
         f"A step that does not end the episode ({settings.episodes} episodes of random actions)",
-        ["network", "groups", "median [us]", "25 % [us]", "75 % [us]"],
+        ["network", "groups", "median, us", "25 %, us", "75 %, us"],
         [measure(name, settings) for name in settings.networks],
     )
 

@@ -25,7 +25,7 @@ def take_turns(rounds: int, candidates: Mapping[str, Callable[[int], object]]) -
         Name -> `[rounds]` seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(-1, rounds):
+    for turn in range(rounds + 1):
         for name, candidate in candidates.items():
             begin = perf_counter()
             candidate(turn)
@@ -53,9 +53,11 @@ def uniform_plan(graph: LayerGraph, share: float) -> Plan:
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table; the first column is text, the others are numbers."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
         table.add_row(*row)
-    Console(width=120).print(table)
+    console = Console(width=120)
+    console.print(f"\n{title}")
+    console.print(table)

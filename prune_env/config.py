@@ -118,10 +118,6 @@ class EnvConfig:
     """Where networks run."""
 
     def __post_init__(self) -> None:
-        # JSON and gym.make hand over lists; tuples keep the config hashable.
-        object.__setattr__(self, "leave", (self.leave,) if isinstance(self.leave, str) else tuple(self.leave))
-        if self.budget_range is not None:
-            object.__setattr__(self, "budget_range", tuple(self.budget_range))
         _check_name("budget_resource", self.budget_resource, RESOURCES)
         _check_name("importance", self.importance, IMPORTANCES)
         _check_name("runtime_importance", self.runtime_importance, RUNTIME_IMPORTANCES)
@@ -132,6 +128,8 @@ class EnvConfig:
         for name in ("recalibrate", "hard_budget"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; True or False is allowed")
+        if not isinstance(self.leave, tuple) or not all(isinstance(name, str) for name in self.leave):
+            raise ValueError(f"leave is {self.leave!r}; a tuple of group names is allowed")
         _check_budget(self.budget)
         _check_range(self.budget_range)
 
@@ -147,7 +145,8 @@ class EnvConfig:
         for name in options:
             _check_name("option", name, sorted(inner | outer))
         own = {name: value for name, value in options.items() if name in inner}
-        return cls(TaskConfig(task, **own), **{k: v for k, v in options.items() if k not in inner})
+        rest = {name: value for name, value in options.items() if name not in inner}
+        return cls(TaskConfig(task, **own), **_tuples(rest))
 
     def to_json(self) -> str:
         """The config as JSON; `from_json` gives an equal one back."""
@@ -329,7 +328,12 @@ def _config(options: Mapping[str, Any]) -> EnvConfig:
     known = [f.name for f in dataclasses.fields(EnvConfig) if f.name != "task"]
     for name in options:
         _check_name("option", name, known)
-    return EnvConfig(**options)
+    return EnvConfig(**_tuples(options))
+
+
+def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with tuples for the lists that JSON and command lines hand over."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
 
 
 def _material(task: Task, config: EnvConfig) -> Material:

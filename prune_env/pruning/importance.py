@@ -255,5 +255,5 @@ def _summed(products: Mapping[int, Tensor], network: nn.Module, slot: Slot, grou
     for name, axis in tensor_axes(module, slot.role):
         product = products.get(id(getattr(module, name)))
         if product is not None:
-            total += _per_channel(product.movedim(axis, 0).flatten(1).sum(1), slot, group)
+            total += _per_channel(product.movedim(axis, 0).reshape(product.shape[axis], -1).sum(1), slot, group)
     return total

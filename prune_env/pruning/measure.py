@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -52,7 +53,7 @@ class Budget:
     fraction: float
 
     @classmethod
-    def of(cls, value: float, *, resource: str, dense: float, minimum: float) -> Budget:
+    def of(cls, value: int | float, *, resource: str, dense: int | float, minimum: int | float) -> Budget:
         """Read a budget as people write it.
 
         Args:
@@ -80,18 +81,18 @@ class Budget:
         return cls(resource, limit, limit / dense)
 
 
-def _limit(value: float, resource: str, dense: float) -> float:
+def _limit(value: Any, resource: str, dense: int | float) -> float:
     """The budget in the resource's own unit."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and 0 < value <= 1:
-        return value * dense
+        return float(value * dense)
     if number and value > 1 and math.isfinite(value) and float(value).is_integer() and resource != "latency_s":
         return float(value)
     absolute = "" if resource == "latency_s" else f", or a whole number of {resource} above 1"
     raise ValueError(f"budget is {value!r}; allowed is a share of the dense network's {resource} in (0, 1]{absolute}")
 
 
-def _amount(value: float) -> str:
+def _amount(value: int | float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
@@ -155,7 +156,9 @@ class Latency:
     device: str
 
 
-def measure_latency(network: nn.Module, example: Tensor, *, threads: int = 1, min_run_time: float = 0.5) -> Latency:
+def measure_latency(
+    network: nn.Module, example: Tensor, *, threads: int = 1, min_run_time: int | float = 0.5
+) -> Latency:
     """Time the forward pass of a channels_last copy of the network in evaluation mode.
 
     The network runs in the number format of `example`, on its device.

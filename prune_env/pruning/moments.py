@@ -191,47 +191,58 @@ def collect(
 ) -> Moments:
     """`Moments.collect` for some groups of a network."""
     found = consumers(network, groups, images[:1], max_width=max_width)
-    generator = torch.Generator().manual_seed(0)
-    sums: dict[str, _Sum] = {}
+    # One generator for each, so that a consumer's samples do not depend on which others are watched.
+    generators = {name: torch.Generator().manual_seed(0) for name in found}
+    sums: dict[str, MomentSum] = {}
 
     def observe(name: str, module: nn.Module, x: Tensor) -> None:
         x = x.detach().float()
-        columns = found[name].samples(module, x, limit=positions, generator=generator)
-        if name not in sums:
-            sums[name] = _Sum.empty(found[name].width)
-        sums[name].add(columns)
+        columns = found[name].samples(module, x, limit=positions, generator=generators[name])
+        sums.setdefault(name, MomentSum()).add(columns)
 
     with watching(network, found, observe), torch.no_grad():
         for batch in images.split(batch_size):
             network(batch)
     second, mean = {}, {}
     for name in sums:
-        second[name], mean[name] = sums[name].moments(centred=found[name].shifts(network))
+        second[name] = ridged(sums[name].moment(centred=found[name].shifts(network))).float()
+        mean[name] = sums[name].mean().float()
     return Moments({name: found[name] for name in second}, second, mean)
 
 
+def ridged(second: Float[Tensor, "column column"]) -> Float[Tensor, "column column"]:
+    """A second moment plus the ridge."""
+    ridge = RIDGE * second.diagonal().mean().clamp_min(1e-12)
+    return second + ridge * torch.eye(len(second), dtype=second.dtype, device=second.device)
+
+
 @dataclass(eq=False)
-class _Sum:
-    """Running sums of samples and their products."""
+class MomentSum:
+    """Running sums of samples and their products, about the mean of the first samples.
 
-    count: int
-    first: Tensor
-    second: Tensor
+    The origin keeps inputs precise whose variance is small beside their mean: products are summed in float32.
+    """
 
-    @classmethod
-    def empty(cls, width: int) -> _Sum:
-        return cls(0, torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64))
+    origin: Tensor | None = None
+    count: int = 0
+    first: Tensor | float = 0.0
+    second: Tensor | float = 0.0
 
     def add(self, columns: Float[Tensor, "sample column"]) -> None:
+        """Count samples in."""
+        if self.origin is None:
+            self.origin = columns.mean(0)
+        columns = columns - self.origin
         self.count += len(columns)
-        self.first += columns.sum(0).cpu()
-        self.second += (columns.T @ columns).cpu()
+        self.first += columns.sum(0).double().cpu()
+        self.second += (columns.T @ columns).double().cpu()
 
-    def moments(self, *, centred: bool) -> tuple[Float[Tensor, "column column"], Float[Tensor, " column"]]:
-        """Second moment plus ridge, and mean."""
-        mean = self.first / self.count
-        second = self.second / self.count
-        if centred:
-            second -= torch.outer(mean, mean)
-        second.diagonal().add_(RIDGE * second.diagonal().mean().clamp_min(1e-12))
-        return second.float(), mean.float()
+    def mean(self) -> Float[Tensor, " column"]:
+        """Mean, float64."""
+        return self.origin.double().cpu() + self.first / self.count
+
+    def moment(self, *, centred: bool) -> Float[Tensor, "column column"]:
+        """Second moment about the mean or about zero, float64."""
+        offset, mean = self.first / self.count, self.mean()
+        second = self.second / self.count - torch.outer(offset, offset)
+        return second if centred else second + torch.outer(mean, mean)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,15 +18,12 @@ from torch import Tensor, nn
 from prune_env.pruning.activations import watching
 from prune_env.pruning.consumer import Consumer, complement, consumers, oriented
 from prune_env.pruning.graph import LayerGraph
+from prune_env.pruning.moments import POSITIONS, MomentSum, ridged
 from prune_env.pruning.plan import Plan
 from prune_env.pruning.surgery import dropped_axes
 
 MAX_WIDTH = 4608
 """Largest window of a dense consumer, channels times taps: 512 channels of a 3x3 kernel."""
-POSITIONS = 32
-"""Output positions taken from each image."""
-RIDGE = 1e-3
-"""Pull towards the weights after the cut, as a share of the mean second moment of the inputs."""
 
 
 class _Reached(Exception):
@@ -68,9 +64,9 @@ def sequential_refit(
         _, outputs = dropped.get((name, "out"), (0, np.empty(0, dtype=np.int64)))
         wanted = targets.pop(name)
         kept = complement(outputs, wanted[0].shape[1])
-        sums = _Sums()
+        sums = MomentSum()
         for inputs, target in zip(_inputs(small, found[name], batches, positions, len(wanted)), wanted, strict=True):
-            sums.add(inputs, target[:, kept])
+            sums.add(torch.cat([inputs, target[:, kept]], dim=1))
         _solve(small, found[name], sums, centred=found[name].shifts(network))
 
 
@@ -112,33 +108,15 @@ def _inputs(
             read.clear()
 
 
-@dataclass(eq=False)
-class _Sums:
-    """Running sums over samples of inputs x and targets y."""
-
-    count: int = 0
-    x: Tensor | float = 0.0
-    y: Tensor | float = 0.0
-    xx: Tensor | float = 0.0
-    xy: Tensor | float = 0.0
-
-    def add(self, x: Float[Tensor, "sample column"], y: Float[Tensor, "sample out"]) -> None:
-        self.count += len(x)
-        self.x, self.y = self.x + x.sum(0).double(), self.y + y.sum(0).double()
-        self.xx, self.xy = self.xx + (x.T @ x).double(), self.xy + (x.T @ y).double()
-
-
-def _solve(small: nn.Module, consumer: Consumer, sums: _Sums, *, centred: bool) -> None:
-    """Ridge regression of the targets on the inputs, in place."""
+def _solve(small: nn.Module, consumer: Consumer, sums: MomentSum, *, centred: bool) -> None:
+    """Ridge regression of the targets on the inputs, in place, with the ridge pulling towards the present weights."""
     shape = oriented(small.get_submodule(consumer.name))
-    before = consumer.matrix(shape).double()
-    x, y = sums.x / sums.count, sums.y / sums.count
-    xx, xy = sums.xx / sums.count, sums.xy / sums.count
-    if centred:
-        xx, xy = xx - torch.outer(x, x), xy - torch.outer(x, y)
-    ridge = RIDGE * xx.diagonal().mean().clamp_min(1e-12)
-    factor = torch.linalg.cholesky(xx + ridge * torch.eye(len(xx), dtype=xx.dtype, device=xx.device))
-    change = torch.cholesky_solve(xy - xx @ before.T, factor).T
+    before = consumer.matrix(shape).double().cpu()
+    width = before.shape[1]
+    moment, mean = sums.moment(centred=centred), sums.mean()
+    inputs, across = moment[:width, :width], moment[:width, width:]
+    factor = torch.linalg.cholesky(ridged(inputs))
+    change = torch.cholesky_solve(across - inputs @ before.T, factor).T
     shape += consumer.weight(change, shape).to(shape)
     if centred:
-        consumer.shift(small, y - (before + change) @ x)
+        consumer.shift(small, mean[width:] - (before + change) @ mean[:width])

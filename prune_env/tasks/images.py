@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from prune_env.tasks.normalisation import Normalisation
 
 
+@runtime_checkable
 class Images(Protocol):
     """A sequence of equally sized images."""
 

@@ -61,7 +61,7 @@ def read_npz(path: Path, *, classes: int, channels: int) -> Source:
     """
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = [name for name in names if name not in archive]
             if missing:
                 raise ValueError(f"it lacks {', '.join(missing)}")

@@ -19,6 +19,17 @@ NESTED = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every name."""
 
+UNREADABLE = (
+    safetensors.SafetensorError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+)
+"""What the readers raise on a broken file."""
+
 
 def read_tensors(path: Path | str) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a torch state dict (read with `weights_only=True`).
@@ -37,7 +48,7 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
             found = safetensors.torch.load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"weights file {path} is truncated, corrupt or no state dict: {reason}") from error
     tensors = _unwrap(found)
@@ -102,7 +113,7 @@ def write_bytes(content: bytes, path: Path) -> None:
         raise
 
 
-def _unwrap(found: object) -> dict[str, Tensor]:
+def _unwrap(found: object) -> dict[str, object]:
     if not isinstance(found, Mapping):
         return {}
     for key in NESTED:

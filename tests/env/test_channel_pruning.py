@@ -200,3 +200,68 @@ def test_importing_the_package_does_not_import_torch():
 def test_a_name_that_is_not_public_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = prune_env.no_such_name
+
+
+FRESH = """
+import gymnasium
+env = gymnasium.make("prune_env:prune_env/ChannelPruning-v0", task="digits-cnn", budget=0.5, epochs=1)
+env.reset(seed=0)
+terminated = False
+while not terminated:
+    *_, terminated, _, info = env.step(env.action_space.sample())
+assert info["budget_met"], info
+assert gymnasium.envs.registration.EnvSpec.from_json(env.spec.to_json()).kwargs["task"] == "digits-cnn"
+"""
+
+WORKERS = """
+import sys
+import gymnasium
+import numpy as np
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+
+def make():
+    return gymnasium.make(
+        "prune_env:prune_env/ChannelPruning-v0", task="digits-cnn", budget=0.5, budget_range=(0.3, 0.9), epochs=1
+    )
+
+if __name__ == "__main__":
+    make()  # trains the dense network once, before two workers would
+    played = []
+    for envs in (DummyVecEnv([make] * 2), SubprocVecEnv([make] * 2, start_method=sys.argv[1])):
+        envs.seed(3)
+        steps = [envs.reset()]
+        for step in range(20):
+            seen, rewards, dones, infos = envs.step(np.full((2, 1), step / 20, dtype=np.float32))
+            macs = np.array([info["macs"] for info in infos])
+            # One of the two keeps rewards as float32, the other as float64.
+            steps += [seen, {"reward": np.float32(rewards), "done": dones, "macs": macs}]
+        envs.close()
+        played.append(steps)
+    for one, other in zip(*played, strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+"""
+
+
+@pytest.mark.slow
+def test_make_works_from_a_fresh_interpreter(tmp_path):
+    subprocess.run(
+        [sys.executable, "-c", FRESH],
+        check=True,
+        cwd=tmp_path,
+        timeout=200,
+        env=contracts.environment(PRUNE_ENV_DATA=str(tmp_path)),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_subprocess_workers_agree_with_the_same_envs_in_one_process(start_method, tmp_path):
+    (tmp_path / "workers.py").write_text(WORKERS)
+    subprocess.run(
+        [sys.executable, "workers.py", start_method],
+        check=True,
+        cwd=tmp_path,
+        timeout=280,
+        env=contracts.environment(PRUNE_ENV_DATA=str(tmp_path)),
+    )

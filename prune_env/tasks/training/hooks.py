@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -49,7 +48,7 @@ class Hook:
     """
 
     before_step: Callable[[TrainingState], None] = _nothing
-    penalty: Callable[[TrainingState], Float[Tensor, ""]] | None = None
+    penalty: Callable[[TrainingState], Tensor] | None = None
     after_backward: Callable[[TrainingState], None] = _nothing
     after_step: Callable[[TrainingState], None] = _nothing
     after_epoch: Callable[[TrainingState], None] = _nothing

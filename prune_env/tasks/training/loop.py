@@ -72,7 +72,21 @@ def train(
     run = _Run(network, split, settings, tuple(hooks), progress, torch.device(device))
     if checkpoint is not None and checkpoint.exists():
         run.restore(Checkpoint.read(checkpoint, settings), checkpoint)
-    good = run.snapshot()
+    try:
+        return _trained(run, checkpoint)
+    finally:
+        # The layout decides the last bits of an output: a network and its saved and loaded twin shall agree.
+        network.eval().to(memory_format=torch.contiguous_format)
+
+
+def _trained(run: _Run, checkpoint: Path | None) -> TrainReport:
+    """Run the epochs that are left.
+
+    Raises:
+        TrainingDiverged: The loss became NaN or Inf; the last good epoch is restored.
+        OSError: The checkpoint cannot be written.
+    """
+    settings, good = run.settings, run.snapshot()
     cuda = [] if run.device.type == "cpu" else [run.device]
     with torch.random.fork_rng(devices=cuda), _threads(settings.threads):
         while good.epochs < settings.epochs:
@@ -80,12 +94,10 @@ def train(
                 run.epoch()
             except TrainingDiverged:
                 run.restore(good)
-                network.eval()
                 raise
             good = run.snapshot()
             if checkpoint is not None:
                 good.write(checkpoint, settings)
-    network.eval()
     return TrainReport(good.losses, good.accuracies)
 
 
