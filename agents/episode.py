@@ -37,9 +37,6 @@ class Episode:
     counts: tuple[int, ...]
     terms: dict[str, float] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "counts", tuple(int(count) for count in self.counts))
-
     @property
     def rank(self) -> tuple[float, float]:
         """What the best episode has most of: reward, and among equals the lower loss."""

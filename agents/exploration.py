@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SIGMA_START, SIGMA_END = 0.2, 0.04
+SIGMA_START, SIGMA_END = 0.4, 0.05
 """Width of the noise at the start and the end of a run, in relative actions (the range is [-1, 1])."""
+SPREAD = 0.7
+"""Standard deviation of the logarithm of an episode's own width around that: some episodes look far, some near."""
 DISTURBED = 0.3
 """Share of an episode's steps that are disturbed: a change in few groups can be told from the rest."""
 
@@ -62,6 +64,7 @@ def draft(
     if best is None:
         raise ValueError("the first episode must be a known plan")
     sigma = SIGMA_START * (SIGMA_END / SIGMA_START) ** (episode / max(episodes - 1, 1))
+    sigma *= float(np.exp(SPREAD * rng.normal()))
     disturbed = rng.random(len(best)) < DISTURBED
     disturbed[rng.integers(len(best))] = True
     noise = np.where(disturbed, sigma, 0.0)

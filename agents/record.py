@@ -138,7 +138,7 @@ class RunFolder:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
             if state.pop("version") != VERSION:
                 raise ValueError("it is of another version")
-            episodes = [Episode(**fields) for fields in state.pop("episodes")]
+            episodes = [Episode(**{**one, "counts": tuple(one["counts"])}) for one in state.pop("episodes")]
             rows: dict[str, np.ndarray] = {name: value.numpy() for name, value in _below(tensors, "memory/").items()}
             return Memory.of(episodes, rows), _below(tensors, "agent/"), state
         except (SafetensorError, KeyError, TypeError, ValueError) as error:

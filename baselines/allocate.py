@@ -91,22 +91,6 @@ class Choices:
         return self.at(np.array([np.searchsorted(_middles(levels), want) for levels, want in pairs], dtype=np.int64))
 
 
-def levels_of(full: Counts, minimum: Counts, *, round_to: int = 1) -> Levels:
-    """Allowed counts per group: multiples of `round_to` from the minimum on, and always the two ends.
-
-    Args:
-        full: channels of each group.
-        minimum: least channels of each group; equal to `full` for a group that is left alone.
-        round_to: channel multiple.
-    """
-    inner = (
-        np.arange(-(-low // round_to), high // round_to + 1) * round_to for low, high in zip(minimum, full, strict=True)
-    )
-    return tuple(
-        np.union1d(middle, (low, high)).astype(np.int64) for middle, low, high in zip(inner, minimum, full, strict=True)
-    )
-
-
 def uniform(choices: Choices) -> Counts:
     """The same share in every group, the largest that fits, each count rounded to its nearest level.
 
@@ -297,11 +281,12 @@ def _spend(choices: Choices, rungs: Counts, errors: Curves) -> Counts:
 
 
 def _trade(choices: Choices, rungs: Counts, errors: Curves) -> Counts:
-    """Lower one group a level and spend what that frees; keep it if the sum of errors falls, until nothing helps."""
-    for _ in range(2 * len(errors)):
-        lowered = [rungs - step for step in np.eye(len(rungs), dtype=np.int64) if np.all(rungs - step >= 0)]
+    """Lower one group by some levels and spend what that frees, as long as the sum of errors falls."""
+    steps = np.concatenate([np.eye(len(rungs), dtype=np.int64) * stride for stride in (1, 2, 4)])
+    for _ in range(len(errors)):
+        lowered = np.unique(np.maximum(rungs - steps, 0), axis=0)
         traded = [_spend(choices, lower, errors) for lower in lowered]
-        best = min(traded, key=lambda other: _total(errors, other), default=rungs)
+        best = min(traded, key=lambda other: _total(errors, other))
         if _total(errors, best) >= _total(errors, rungs) - 1e-12:
             break
         rungs = best

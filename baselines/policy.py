@@ -107,9 +107,10 @@ class MethodPolicy:
         own = self.problem.budget_of(self.problem.value)
         if np.float32(own.limit / self.problem.total) == np.float32(share):
             return own
-        # float32 may have rounded the share up: the next smaller one is inside the true budget
-        below = float(np.nextafter(np.float32(share), np.float32(0)))
-        return max(below, self.problem.minimum / self.problem.total)
+        if share * self.problem.total <= self.problem.minimum:
+            return self.problem.minimum
+        # Rounding to float32 moves a budget by at most 1e-7 of itself; the env itself keeps to the true one.
+        return min(share, 1.0)
 
 
 def _steps(problem: Problem, observation: Observation) -> Int64[np.ndarray, "*batch"]:

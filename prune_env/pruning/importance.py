@@ -179,11 +179,12 @@ def second_order(evidence: Evidence) -> Scores:
 
 
 def random(evidence: Evidence) -> Scores:
-    """A number in [0, 1) drawn from the seed and the unit's weights, so that it moves with the channel."""
+    """A number in [0, 1) drawn from the seed and the unit's largest weights, so that it moves with the channel."""
     scores = {}
     for group in evidence.groups:
-        units = torch.cat([w.flatten(1) for w in _filters(evidence, group)], dim=1).numpy()
-        seeds = [(evidence.seed, zlib.crc32(unit.tobytes())) for unit in units]
+        units = torch.cat([w.flatten(1) for w in _filters(evidence, group)], dim=1)
+        largest = units.topk(min(32, units.shape[1])).values.numpy()
+        seeds = [(evidence.seed, zlib.crc32(unit.tobytes())) for unit in largest]
         scores[group.name] = torch.tensor([np.random.default_rng(seed).random() for seed in seeds]).float()
     return scores
 

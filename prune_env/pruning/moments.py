@@ -167,7 +167,13 @@ class Moments:
             consumer.shift(small, moved.reshape(len(shape), -1).sum(1))
 
     def _weights(self, network: nn.Module, name: str) -> Float[Tensor, "row column"]:
-        return self.consumers[name].matrix(oriented(network.get_submodule(name))).double().cpu()
+        """A consumer's weight matrix in float64, or a square one that gives the same errors if it is tall."""
+        matrix = self.consumers[name].matrix(oriented(network.get_submodule(name))).cpu()
+        if len(matrix) <= matrix.shape[1]:
+            return matrix.double()
+        # Errors depend on W^T W alone; the flattened layer behind a VGG has 200,000 rows.
+        values, vectors = torch.linalg.eigh(sum(rows.double().T @ rows.double() for rows in matrix.split(4096)))
+        return values.clamp_min(0).sqrt()[:, None] * vectors.T
 
     def _owners(self, group: Group) -> list[tuple[str, np.ndarray]]:
         """Consumers of a group that have moments, each with the group's channel that owns a column, or -1."""

@@ -55,7 +55,7 @@ def name_of(value: Any) -> str:
         return known
     module, qualified = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     found = _member(sys.modules.get(module), qualified) if module and qualified else None
-    if found is not value:
+    if module is None or found is not value:
         raise ValueError(f"{value!r} cannot be found again by name; define it at the top level of a module")
     _refuse_standard_library(module)
     return f"{module}:{qualified}"

@@ -39,7 +39,7 @@ class Dataset:
     search: int = 2000
     crop: int = 4
     flip: bool = True
-    loader: str | None = None
+    loader: str = ""
     produces: str = ""
     side: int = 0
 

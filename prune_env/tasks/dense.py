@@ -211,5 +211,6 @@ def _normalise_text(normalise: str | None, data: str, network: str) -> str:
     if normalise is not None:
         return str(parse(normalise, channels=entry.channels))
     own = find_network(network).normalise
-    fits = own is not None and (entry.channels == 3 or own == "half")
-    return str(parse(own, channels=entry.channels) if fits else entry.normalise)
+    if own is None or (entry.channels != 3 and own != "half"):
+        return str(entry.normalise)
+    return str(parse(own, channels=entry.channels))

@@ -47,7 +47,8 @@ class ArrayImages:
 
     def shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""
-        return tuple(self.array.shape[1:])
+        _, channels, height, width = self.array.shape
+        return channels, height, width
 
     def pixels(self, indices: Int64[Tensor, " n"]) -> UInt8[Tensor, "n c h w"]:
         """The images at these positions, a copy."""

@@ -45,9 +45,9 @@ def read_digits() -> Source:
     """The 1,797 grey 8x8 digits of scikit-learn; one in five, the same for every seed, is the test part."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-    labels = bunch.target.astype(np.int64)
+    values, targets = load_digits(return_X_y=True)
+    pixels = np.round(np.reshape(values, (-1, 8, 8)) * (255 / 16)).astype(np.uint8)
+    labels = np.asarray(targets, np.int64)
     order = stratified_order(labels, seed=0)
     test, train = order[:360], order[360:]
     return Source(_labelled(pixels[train], labels[train]), _labelled(pixels[test], labels[test]))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,17 +16,6 @@ NESTED = ("state_dict", "model_state_dict", "model", "net")
 
 PREFIXES = ("module.", "_orig_mod.")
 """What DataParallel and torch.compile put before every name."""
-
-UNREADABLE = (
-    safetensors.SafetensorError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-)
-"""What the readers raise on a broken file."""
 
 
 def read_tensors(path: Path | str) -> dict[str, Tensor]:
@@ -48,11 +35,13 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
             found = safetensors.torch.load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    # A broken file makes the readers raise anything from struct's errors to the unpickler's.
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"weights file {path} is truncated, corrupt or no state dict: {reason}") from error
-    tensors = _unwrap(found)
-    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+    content = _unwrap(found)
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors or len(tensors) < len(content):
         raise ValueError(f"weights file {path} holds no state dict: a mapping of names to tensors is allowed")
     return tensors
 

@@ -13,7 +13,6 @@ from prune_env.pruning.graph import Group, LayerGraph, Slot
 from prune_env.pruning.importance import IMPORTANCES, score
 from prune_env.pruning.moments import Moments
 from prune_env.pruning.surgery import tensor_axes
-from prune_env.pruning.tracing import trace
 from tests.env.graphs import traced
 from tests.env.small_networks import NETWORKS, build, example
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
+from stable_baselines3.common.env_checker import check_env
 
 from agents.view import AgentView, action_of, actions_of, even_share, share_of
 from prune_env.envs import dynamics
@@ -55,5 +55,5 @@ def test_actions_of_a_feasible_plan_lead_to_it() -> None:
         assert info["counts"] == state.kept
 
 
-def test_the_view_passes_gymnasiums_check() -> None:
-    check_env(AgentView(ChannelPruningEnv(toy())), skip_render_check=True)
+def test_the_view_passes_sb3s_check() -> None:
+    check_env(AgentView(ChannelPruningEnv(toy())))

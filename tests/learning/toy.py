@@ -13,7 +13,7 @@ from prune_env.pruning.measure import Measurement
 from prune_env.pruning.plan import Plan
 from tests.env.problems import chain, problem_of
 
-CHANNELS = (8, 8, 8)
+CHANNELS = (16, 16, 16)
 
 
 @dataclass(eq=False)

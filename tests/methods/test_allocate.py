@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baselines import allocate
-from baselines.allocate import Choices, levels_of
+from baselines.allocate import Choices
+
+
+def levels_of(full: np.ndarray, minimum: np.ndarray, *, round_to: int = 1) -> tuple[np.ndarray, ...]:
+    """Counts per group: multiples of `round_to` from the minimum on, and always the two ends."""
+    ends = list(zip(minimum.tolist(), full.tolist(), strict=True))
+    return tuple(
+        np.array(sorted({low, high, *(n for n in range(low, high) if n % round_to == 0)}), dtype=np.int64)
+        for low, high in ends
+    )
 
 
 def sums(counts: np.ndarray) -> np.ndarray:
@@ -150,10 +159,10 @@ def test_the_knapsack_is_never_worse_than_uniform_and_close_to_the_best_by_exhau
     every = (np.array(counts, dtype=np.int64) for counts in itertools.product(*choices.levels))
     best = min(total(choices, errors, counts) for counts in every if choices.fits(counts))
     worst = total(choices, errors, choices.minimum)
-    assert found <= best + 0.25 * (worst - best) + 1e-9
+    assert found <= best + 0.2 * (worst - best) + 1e-9
 
 
-def test_the_knapsack_finds_the_exhaustive_optimum_in_four_of_five_small_problems() -> None:
+def test_the_knapsack_finds_the_exhaustive_optimum_in_nine_of_ten_small_problems() -> None:
     rng, hits = np.random.default_rng(0), 0
     for _ in range(100):
         full = rng.integers(4, 9, size=3)
@@ -166,7 +175,7 @@ def test_the_knapsack_finds_the_exhaustive_optimum_in_four_of_five_small_problem
         every = (np.array(counts) for counts in itertools.product(*choices.levels))
         best = min(total(choices, errors, counts) for counts in every if choices.fits(counts))
         hits += total(choices, errors, allocate.knapsack(choices, errors)) <= best + 1e-9
-    assert hits >= 80
+    assert hits >= 90
 
 
 def test_uniform_by_hand() -> None:
@@ -200,12 +209,6 @@ def test_a_threshold_with_round_to_moves_blocks_by_their_mean_score() -> None:
     choices = Choices(levels, sums, 12.0)
     scores = [np.arange(8.0) + 1, np.full(8, 2.0)]
     np.testing.assert_array_equal(allocate.threshold(choices, scores), [4, 8])
-
-
-def test_levels_are_the_multiples_and_both_ends() -> None:
-    low, fixed = levels_of(np.array([20, 6]), np.array([3, 6]), round_to=8)
-    np.testing.assert_array_equal(low, [3, 8, 16, 20])
-    np.testing.assert_array_equal(fixed, [6])
 
 
 def test_greedy_takes_each_slice_from_the_group_that_hurts_least() -> None:

@@ -68,7 +68,7 @@ def train(
         TrainingDiverged: The loss became NaN or Inf.
         OSError: The checkpoint cannot be written.
     """
-    network.to(device=device, memory_format=torch.channels_last)
+    network.to(device).to(memory_format=torch.channels_last)
     run = _Run(network, split, settings, tuple(hooks), progress, torch.device(device))
     if checkpoint is not None and checkpoint.exists():
         run.restore(Checkpoint.read(checkpoint, settings), checkpoint)
