@@ -18,7 +18,7 @@ slow:
 	$(PYTHON) -m pytest -m slow --timeout 1200
 
 types:
-	$(PYTHON) -m pyright
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 format:
 	$(PYTHON) -m ruff check --fix .

@@ -5,9 +5,10 @@ What a search of 200 episodes needs is not what a million steps of control need;
 - **Actions are relative to the even share** (see `view`): 0 spends what is left evenly, so an untrained actor, whose
   last layer starts at zero, *is* the uniform plan, and noise in one group is paid for by all later groups alike.
 - **The first episodes are known plans**: uniform, the error curves' knapsack, global threshold, first-and-last.
-- **Until the end of the warm-up, and in every second episode after it, the best plan so far is disturbed** in a few
-  groups with AMC's truncated normal noise; the other episodes are the learner's own, with the same noise. Its width
-  falls geometrically over the run. The record says for each episode where its actions came from.
+- **The rest of the warm-up is half random plans, half the best plan so far disturbed** in a few groups with AMC's
+  truncated normal noise. **After it, every second episode is the learner's own**, with the same noise, and the others
+  go on disturbing the best. The width falls geometrically over the run, and varies from episode to episode. The
+  record says for each episode where its actions came from.
 - **Credit**: the dynamics are deterministic, gamma is 1 and only the last step pays, so every transition is stored
   with its episode's return and as final. The critic is a regression on returns: nothing is bootstrapped, hence nothing
   is counted twice (AMC writes the final reward to each transition *and* bootstraps).

@@ -127,7 +127,8 @@ class TrainConfig:
         for name in record:
             if name not in known:
                 raise ValueError(unknown("field", name, known))
-        return cls(**record)
+        # JSON has lists only
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in record.items()})
 
 
 def unknown(what: str, name: str, known: object) -> str:

@@ -1,4 +1,4 @@
-"""Where the actions of an episode come from: known plans, the best plan disturbed, or the learner with noise."""
+"""Where an episode's actions come from: known plans, random ones, the best disturbed, or the learner with noise."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 
 SIGMA_START, SIGMA_END = 0.4, 0.05
 """Width of the noise at the start and the end of a run, in relative actions (the range is [-1, 1])."""
+SIGMA_RANDOM = 0.6
+"""Width of a random plan around the uniform one."""
 SPREAD = 0.7
 """Standard deviation of the logarithm of an episode's own width around that: some episodes look far, some near."""
 DISTURBED = 0.3
@@ -19,7 +21,7 @@ class Draft:
     """How one episode will be played.
 
     Attributes:
-        source: `uniform` or another known plan's name, `disturbed best`, or `policy`.
+        source: `uniform` or another known plan's name, `random`, `disturbed best`, or `policy`.
         script: `[steps]` actions fixed beforehand; None leaves them to the learner.
         noise: `[steps]` width of the noise on the learner's action; 0 for none.
         rng: Draws that noise.
@@ -63,6 +65,9 @@ def draft(
         return Draft(names[episode], known[names[episode]], np.zeros(len(known[names[episode]])), rng)
     if best is None:
         raise ValueError("the first episode must be a known plan")
+    if episode < guided and episode % 2 == 0:
+        script = [truncated_normal(rng, 0.0, SIGMA_RANDOM) for _ in best]
+        return Draft("random", np.array(script), np.zeros(len(best)), rng)
     sigma = SIGMA_START * (SIGMA_END / SIGMA_START) ** (episode / max(episodes - 1, 1))
     sigma *= float(np.exp(SPREAD * rng.normal()))
     disturbed = rng.random(len(best)) < DISTURBED

@@ -33,7 +33,7 @@ class OffPolicy:
         """The deterministic actions; exploration adds the noise."""
         return self.model.predict(seen, deterministic=True)[0].reshape(-1)
 
-    def learn(self, memory: Memory, returns: np.ndarray) -> dict[str, float]:
+    def learn(self, memory: Memory, returns: np.ndarray, *, last: bool) -> dict[str, float]:
         """Store the new episodes, then a few gradient and imitation steps for each."""
         new = len(memory) - self.stored
         self.remember(memory, returns)
@@ -75,9 +75,9 @@ class OnPolicy:
             tensors, _ = self.model.policy.obs_to_tensor(seen)
             return self.model.policy(tensors)[0].numpy().reshape(-1)
 
-    def learn(self, memory: Memory, returns: np.ndarray) -> dict[str, float]:
-        """Once enough episodes are new: clipped policy gradient on its own ones, then imitation of the best."""
-        if len(memory) - self.used < self.algorithm.batch_episodes:
+    def learn(self, memory: Memory, returns: np.ndarray, *, last: bool) -> dict[str, float]:
+        """Once enough episodes are new, or at the last round of a chunk: clipped policy gradient on its own ones, imitation."""
+        if not last and len(memory) - self.used < self.algorithm.batch_episodes:
             return {}
         new = range(self.used, len(memory))
         own = [i for i in new if memory.episodes[i].source == "policy"]

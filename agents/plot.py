@@ -13,7 +13,7 @@ from agents.episode import Episode
 from prune_env.envs.dynamics import Problem
 
 BLUE, ORANGE, GREY, GREEN, SKY = "#0072B2", "#E69F00", "#999999", "#009E73", "#56B4E9"
-SOURCES = {"policy": BLUE, "disturbed best": SKY}
+SOURCES = {"policy": BLUE, "disturbed best": SKY, "random": GREY}
 """Colour of an episode's dot by where its actions came from; known plans are orange."""
 
 

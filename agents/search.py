@@ -117,13 +117,13 @@ class _Search:
         start = len(self.memory)
         end = min(start + self.config.chunk, self.config.episodes)
         while len(self.memory) < end:
-            self.round(rng)
+            self.round(rng, end)
         self.chunks += 1
         self.run.save(self.memory, tensors_of(self.learner.model), {"chunks": self.chunks})
         for observer in self.observers:
             observer.saved(self.memory)
 
-    def round(self, rng: np.random.Generator) -> None:
+    def round(self, rng: np.random.Generator, end: int) -> None:
         """An episode in each worker, then what is learnt from them."""
         first = len(self.memory)
         numbers = range(first, min(first + self.venv.num_envs, self.config.episodes))
@@ -131,7 +131,7 @@ class _Search:
         played = rounds.play(self.venv, self.learner.act, drafts, first=first, guided=self.config.guided)
         for episode, trajectory in played:
             self.memory.add(episode, trajectory)
-        scalars = self.learner.learn(self.memory, self.returns())
+        scalars = self.learner.learn(self.memory, self.returns(), last=len(self.memory) >= end)
         for episode, _ in played:
             self.run.append_episode(episode)
             best = self.memory.best == episode.number

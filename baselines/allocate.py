@@ -199,11 +199,10 @@ def knapsack(choices: Choices, errors: Curves) -> Counts:
     """The least sum of the groups' errors under the budget, nearly.
 
     The budget enters with a price (Everett 1963, generalised Lagrange multipliers): for a price p, error + p * cost is
-    lowered group by group, each choosing its best level while the others stand (the cost is bilinear, so this is exact
-    per group). The price is bisected, every answer that fits is filled up greedily (largest fall of error per cost
-    first), pairs of groups then trade levels as long as the sum falls, and the best answer is returned. It is never
-    worse than `uniform`, and where the cost is linear and the curves are convex it misses the optimum by less than one
-    level.
+    lowered group by group, each choosing its best level while the others stand, until none moves. The price is
+    bisected; the tightest answers that fit are filled up greedily, largest fall of error per cost first, and groups
+    then trade levels as long as the sum falls. Never worse than `uniform`; not always the optimum, because the cost
+    couples neighbouring groups.
 
     Args:
         choices: what may be chosen.

