@@ -18,14 +18,14 @@ slow:
 	$(PYTHON) -m pytest -m slow --timeout 1200
 
 types:
-	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+	$(PYTHON) -m pyright --pythonpath $(shell command -v $(PYTHON))
 
 format:
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
 networks:
-	$(PYTHON) -m benchmarks.networks > docs/networks.md
+	$(PYTHON) -m benchmarks.networks > docs/networks.md.new && mv docs/networks.md.new docs/networks.md
 
 benchmarks:
 	$(PYTHON) -m benchmarks.cutting

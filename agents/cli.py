@@ -41,7 +41,8 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def _one_line(text: str) -> str:
-    """The message inside the box that tyro draws."""
-    plain = re.sub(r"[\u2500-\u257f]|\x1b\[[0-9;]*m", " ", text)
-    words = " ".join(plain.split()).removeprefix("Parsing error").strip()
-    return re.split(r"For full helptext|Full helptext", words)[0].strip() or "bad arguments; see --help"
+    """The message inside the box that tyro draws, without its title and help."""
+    lines = re.sub(r"\x1b\[[0-9;]*m|[\u2500-\u257f]|-{4,}", "", text).splitlines()[1:]
+    words = " ".join(" ".join(line.strip(" +|") for line in lines).split())
+    message = re.split(r"For full helptext|Argument helptext|Full helptext", words)[0].strip()
+    return message.removeprefix("Error parsing config:").strip() or "bad arguments; see --help"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -76,7 +78,7 @@ class OnPolicy:
             return self.model.policy(tensors)[0].numpy().reshape(-1)
 
     def learn(self, memory: Memory, returns: np.ndarray, *, last: bool) -> dict[str, float]:
-        """Once enough episodes are new, or at the last round of a chunk: clipped policy gradient on its own ones, imitation."""
+        """Clipped policy gradient on its own episodes and imitation, once enough are new or the chunk is at its end."""
         if not last and len(memory) - self.used < self.algorithm.batch_episodes:
             return {}
         new = range(self.used, len(memory))
@@ -138,6 +140,17 @@ def make_learner(algorithm: Algorithm, venv: VecEnv, *, episodes: int, seed: int
         if hasattr(model, "actor_target"):
             model.actor_target.load_state_dict(model.actor.state_dict())
     return OnPolicy(algorithm, model) if algorithm.on_policy else OffPolicy(algorithm, model, episodes)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run on one thread: networks this small gain nothing from a second, and lose milliseconds whenever it is late."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def imitate(model: BaseAlgorithm, optimizer: torch.optim.Optimizer, elite: list[Trajectory], steps: int) -> float:

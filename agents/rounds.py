@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from agents.episode import PHASES, Episode, Trajectory
 from agents.exploration import Draft
+from agents.learner import one_thread
 from agents.view import AgentView
 from prune_env.config import EnvConfig, make
 from prune_env.envs.channel_pruning import ChannelPruningEnv
@@ -61,7 +62,8 @@ def play(
     seen, done, infos = venv.reset(), np.zeros(venv.num_envs, dtype=bool), []
     learner_acts = any(one.script is None for one in drafts)
     while not done.all():
-        chosen = act(seen) if learner_acts else np.zeros(venv.num_envs)
+        with one_thread():
+            chosen = act(seen) if learner_acts else np.zeros(venv.num_envs)
         taken = np.array([[one.action(len(rows), float(chosen[i]))] for i, one in enumerate(playing)], np.float32)
         after, _, done, infos = venv.step(np.clip(taken, -1.0, 1.0))
         rows.append((seen, taken, np.array([[info["action"]] for info in infos], dtype=np.float32)))

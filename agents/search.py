@@ -20,7 +20,7 @@ from agents import exploration, rounds
 from agents.algorithms import ALGORITHMS
 from agents.config import TrainConfig
 from agents.episode import Episode, Memory
-from agents.learner import Learner, load_tensors, make_learner, tensors_of
+from agents.learner import Learner, load_tensors, make_learner, one_thread, tensors_of
 from agents.record import RunFolder, write
 from agents.view import actions_of
 from baselines import heuristics
@@ -131,7 +131,8 @@ class _Search:
         played = rounds.play(self.venv, self.learner.act, drafts, first=first, guided=self.config.guided)
         for episode, trajectory in played:
             self.memory.add(episode, trajectory)
-        scalars = self.learner.learn(self.memory, self.returns(), last=len(self.memory) >= end)
+        with one_thread():
+            scalars = self.learner.learn(self.memory, self.returns(), last=len(self.memory) >= end)
         for episode, _ in played:
             self.run.append_episode(episode)
             best = self.memory.best == episode.number

@@ -292,7 +292,7 @@ def _trade(choices: Choices, rungs: Counts, errors: Curves) -> Counts:
     return rungs
 
 
-def greedy(choices: Choices, value: Callable[[Counts], float], *, rounds: int = 8) -> Counts:
+def greedy(choices: Choices, value: Callable[[Counts], float | tuple[float, ...]], *, rounds: int = 8) -> Counts:
     """From the full network down to the limit in equal slices of cost, each taken from the group that hurts least.
 
     In a round every group is tried alone: it gives up just enough channels to save the slice, and `value` looks at the
@@ -301,7 +301,7 @@ def greedy(choices: Choices, value: Callable[[Counts], float], *, rounds: int = 
 
     Args:
         choices: what may be chosen.
-        value: how good counts are, higher is better (say, the measured accuracy).
+        value: how good counts are, higher is better (say, the measured accuracy; a tuple is compared in order).
         rounds: slices between the full network and the limit.
     """
     counts = choices.full

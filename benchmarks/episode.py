@@ -74,8 +74,11 @@ class Twin:
 
     def __init__(self, evaluator: Evaluator, *, calibration: Tensor, search: Tensor) -> None:
         self.evaluator = evaluator
-        batches = (prepare_images(t, device="cpu", dtype=evaluator.meter.dtype) for t in (calibration, search))
-        self.calibration, self.search = (images.split(BATCH_SIZE) for images in batches)
+        sizes = len(calibration) // -(-len(calibration) // BATCH_SIZE), BATCH_SIZE  # as the evaluator deals them
+        self.calibration, self.search = (
+            prepare_images(images, device="cpu", dtype=evaluator.meter.dtype).split(size)
+            for images, size in zip((calibration, search), sizes, strict=True)
+        )
         self.bare = self.aside = 0.0
 
     def __getattr__(self, name: str) -> Any:

@@ -9,7 +9,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from baselines.allocate import Choices, levels_of, uniform
+from baselines.allocate import Choices, uniform
+from prune_env.envs.dynamics import allowed_counts
 from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.plan import Plan
 
@@ -41,7 +42,7 @@ def random_scores(graph: LayerGraph, seed: int) -> dict[str, np.ndarray]:
 
 def uniform_counts(graph: LayerGraph, share: float) -> np.ndarray:
     """Channels per group, the same share in each, that just fit a share of the macs."""
-    levels = levels_of(graph.full, np.ones_like(graph.full))
+    levels = tuple(allowed_counts(channels) for channels in graph.full.tolist())
     cost = graph.cost["macs"]
     return uniform(Choices(levels, cost, share * float(cost(graph.full))))
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch_pruning
@@ -226,7 +227,7 @@ def _couple_part(
     boundary = OUTPUT
     if part:
         kind = type(network.get_submodule(parent)).__name__
-        boundary = f"read by {parent or 'the network'} ({kind}), which rearranges channels (a shuffle, say) beyond tracing"
+        boundary = f"read by {parent or 'the network'} ({kind}), which rearranges channels (a shuffle, say) untraceably"
     names = {module: name for name, module in network.named_modules()}
     with _replaced(network, part, closed) as module:
         graph = _dependencies(module, inputs[part])
@@ -247,6 +248,12 @@ class _Walk:
     boundary: str
     seen: set[Position] = field(default_factory=set)
 
+    @cached_property
+    def widest(self) -> int:
+        """The widest axis of any layer: what a chain of reshapes leads beyond it, nothing reads."""
+        layers = [module for module in self.graph.module2node if isinstance(module, LAYERS)]
+        return max((max(module.weight.shape[:2]) * getattr(module, "groups", 1) for module in layers), default=0)
+
     def from_layer(self, layer: nn.Module) -> None:
         """Follow all outputs of a convolution or linear layer."""
         pruner = self.graph.get_pruner_of_module(layer)
@@ -254,6 +261,10 @@ class _Walk:
         node = self.graph.module2node[layer]
         name = self._name(node)
         start = []
+        if pruner.get_out_channels(layer) == 1:
+            # Never followed: where its one channel is broadcast over many, it is coupled to none of them.
+            self.coupling.block(self.coupling.node((name, self._role(node, fn), 0)), "it has a single channel")
+            return
         for i in range(pruner.get_out_channels(layer)):
             position = (name, self._role(node, fn), i)
             root = self.coupling.node(position)
@@ -280,18 +291,32 @@ class _Walk:
 
     def _reach(self, node, fn, indices) -> list:  # noqa: ANN001
         """Join the positions that an edge leads to; those never seen before are to be followed."""
-        name, role, reason = self._name(node), self._role(node, fn), self._reason(node, fn)
+        name, role, reason, size = self._name(node), self._role(node, fn), self._reason(node, fn), self._size(node, fn)
+        if size == 1 and len(indices) > 1:
+            return []
         fresh = []
         for index in indices:
+            if index.idx >= size:
+                where = name.split("#")[0] or "a reshape"
+                self.coupling.block(index.root_idx, f"the indices that reach {where} do not fit it")
+                continue
             position = (name, role, index.idx)
             reached = self.coupling.node(position)
             self.coupling.join(index.root_idx, reached)
             if reason:
                 self.coupling.block(reached, reason)
-            if position not in self.seen:
-                self.seen.add(position)
+            elif position not in self.seen:
                 fresh.append(index)
+            self.seen.add(position)
         return fresh
+
+    def _size(self, node, fn) -> int:  # noqa: ANN001
+        """Positions that an axis has; of an operation without a module, what the widest layer reads or writes."""
+        if isinstance(node.module, LAYERS):
+            pruner = self.graph.get_pruner_of_module(node.module)
+            outputs = self._role(node, fn) == "out"
+            return pruner.get_out_channels(node.module) if outputs else pruner.get_in_channels(node.module)
+        return self.widest
 
     def _name(self, node) -> str:  # noqa: ANN001
         module = node.module
@@ -319,7 +344,7 @@ class _Walk:
             return None if known else f"passes through {kind} ({self._name(node)}), which mixes all channels"
         operation = node.grad_fn.name() if hasattr(node.grad_fn, "name") else kind
         if "_Barrier" in operation:
-            return "read or written by a part that rearranges channels (a shuffle, say) beyond tracing"
+            return "read or written by a part that rearranges channels (a shuffle, say) untraceably"
         if "ConstantPadNd" in operation and any(node.grad_fn._saved_pad[4:]):
             return "a shortcut pads the channels with a fixed number of zeros"
         return None

@@ -185,11 +185,25 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
+class SpatialAttention(nn.Module):
+    """One channel is broadcast over many: it is coupled to none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate = _conv(3, 10), nn.Conv2d(10, 1, 1)
+        self.second = _conv(10, 6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.head(self.second(x * torch.sigmoid(self.gate(x))).mean((2, 3)))
+
+
 NETWORKS = {
     cls.__name__.lower(): cls
     for cls in (
         Chain, Residual, PaddedShortcut, Grouped, Depthwise, Concatenated, Split, Shuffled, Normalised, Transposed,
-        Attention,
+        Attention, SpatialAttention,
     )
 }  # fmt: skip
 

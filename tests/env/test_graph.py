@@ -39,6 +39,7 @@ def _modules(group: Group) -> tuple[list[str], list[str], list[str]]:
         ("normalised", {"first": 4, "up": 12}),
         ("transposed", {"down.0": 8, "up": 6}),
         ("attention", {"mlp.0": 16}),
+        ("spatialattention", {"first.0": 10, "second.0": 6}),
     ],
 )
 def test_groups_are_the_ones_a_reader_expects(name: str, groups: dict[str, int]) -> None:
