@@ -143,7 +143,7 @@ def _module_inputs(network: nn.Module, example: torch.Tensor) -> dict[str, tuple
     """The tensors that each module reads in one forward pass; modules called with anything else are left out."""
     inputs: dict[str, tuple[torch.Tensor, ...]] = {}
 
-    def hook(name: str):  # noqa: ANN202 - a closure per module
+    def hook(name: str):
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if not kwargs and args and all(isinstance(a, torch.Tensor) for a in args):
                 inputs.setdefault(name, tuple(a.detach() for a in args))
@@ -278,7 +278,7 @@ class _Walk:
             node, fn, indices = stack.pop()
             stack.extend(self._edges(node, fn, indices))
 
-    def _edges(self, node, fn, indices):  # noqa: ANN001, ANN202 - Torch-Pruning's untyped nodes
+    def _edges(self, node, fn, indices):
         for edge in node.dependencies:
             if not indices or not edge.is_triggered_by(fn):
                 continue
@@ -289,7 +289,7 @@ class _Walk:
             if fresh:
                 yield edge.target, edge.handler, fresh
 
-    def _reach(self, node, fn, indices) -> list:  # noqa: ANN001
+    def _reach(self, node, fn, indices) -> list:
         """Join the positions that an edge leads to; those never seen before are to be followed."""
         name, role, reason, size = self._name(node), self._role(node, fn), self._reason(node, fn), self._size(node, fn)
         if size == 1 and len(indices) > 1:
@@ -310,7 +310,7 @@ class _Walk:
             self.seen.add(position)
         return fresh
 
-    def _size(self, node, fn) -> int:  # noqa: ANN001
+    def _size(self, node, fn) -> int:
         """Positions that an axis has; of an operation without a module, what the widest layer reads or writes."""
         if isinstance(node.module, LAYERS):
             pruner = self.graph.get_pruner_of_module(node.module)
@@ -318,7 +318,7 @@ class _Walk:
             return pruner.get_out_channels(node.module) if outputs else pruner.get_in_channels(node.module)
         return self.widest
 
-    def _name(self, node) -> str:  # noqa: ANN001
+    def _name(self, node) -> str:
         module = node.module
         if isinstance(module, nn.Parameter):
             name = self.prefix + self.graph._param_to_name[module]
@@ -326,7 +326,7 @@ class _Walk:
             return name
         return self.names.get(module, f"{self.prefix}#{id(module)}")
 
-    def _role(self, node, fn) -> str:  # noqa: ANN001
+    def _role(self, node, fn) -> str:
         if isinstance(node.module, nn.Parameter):
             return "parameter"
         if not isinstance(node.module, LAYERS):
@@ -334,7 +334,7 @@ class _Walk:
         # Torch-Pruning gives a depthwise convolution one function for both sides.
         return "out" if self.graph.is_out_channel_pruning_fn(fn) else "in"
 
-    def _reason(self, node, fn) -> str | None:  # noqa: ANN001
+    def _reason(self, node, fn) -> str | None:
         """Why a node forbids pruning what reaches it, if it does."""
         module, kind = node.module, type(node.module).__name__
         if kind == "_OutputOp" or (not node.outputs and self._role(node, fn) != "in"):

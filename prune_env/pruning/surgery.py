@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,13 +64,11 @@ def masked(network: nn.Module, graph: LayerGraph, plan: Plan) -> Iterator[nn.Mod
     Raises:
         ValueError: The plan does not fit the graph.
     """
-    modules = dict(network.named_modules())
-    parameters = dict(network.named_parameters())
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         with torch.no_grad():
             for (name, role), (dim, positions) in dropped_axes(graph, plan).items():
-                for tensor, axis in _tensors(modules, parameters, (name, role), dim):
+                for tensor, axis in _tensors(_named(network, name), role, dim):
                     saved.append((tensor, tensor.detach().clone()))
                     tensor.index_fill_(axis, torch.from_numpy(positions).to(tensor.device), 0)
         yield network
@@ -80,16 +79,21 @@ def masked(network: nn.Module, graph: LayerGraph, plan: Plan) -> Iterator[nn.Mod
                 tensor.copy_(value)
 
 
-def _tensors(
-    modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter], key: tuple[str, str], dim: int
-) -> Iterator[tuple[torch.Tensor, int]]:
-    name, role = key
+def _named(network: nn.Module, name: str) -> Any:
+    """The module or parameter of a dotted name."""
+    for part in name.split(".") if name else ():
+        network = getattr(network, part)
+    return network
+
+
+def _tensors(owner: Any, role: str, dim: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """The tensors that an axis runs through, each with its dimension."""
     if role == "parameter":
-        yield parameters[name], dim
+        yield owner, dim
         return
-    for attribute, axis in tensor_axes(modules[name], role):
-        tensor = getattr(modules[name], attribute, None)
-        if tensor is not None and not (attribute.startswith("running") and isinstance(modules[name], nn.Linear)):
+    for attribute, axis in tensor_axes(owner, role):
+        tensor = getattr(owner, attribute, None)
+        if tensor is not None:
             yield tensor, axis
 
 
@@ -102,18 +106,18 @@ def cut(network: nn.Module, graph: LayerGraph, plan: Plan) -> nn.Module:
     Raises:
         ValueError: The plan does not fit the graph.
     """
-    modules = dict(network.named_modules(remove_duplicate=False))
-    parameters = dict(network.named_parameters(remove_duplicate=False))
     kept: dict[int, list[tuple[int, torch.Tensor]]] = {}
     resized: dict[int, list[tuple[str, int]]] = {}
     for (name, role), (dim, positions) in dropped_axes(graph, plan).items():
-        for tensor, axis in _tensors(modules, parameters, (name, role), dim):
-            keep = np.ones(tensor.shape[axis], dtype=bool)
-            keep[positions] = False
-            index = torch.from_numpy(np.flatnonzero(keep)).to(tensor.device)
+        owner, index = _named(network, name), None
+        for tensor, axis in _tensors(owner, role, dim):
+            if index is None:
+                keep = np.ones(tensor.shape[axis], dtype=bool)
+                keep[positions] = False
+                index = torch.from_numpy(keep.nonzero()[0]).to(tensor.device)
             kept.setdefault(id(tensor), []).append((axis, index))
         if role != "parameter":
-            resized.setdefault(id(modules[name]), []).append((role, len(positions)))
+            resized.setdefault(id(owner), []).append((role, len(positions)))
     with torch.no_grad():
         return _copied(network, kept, resized, {})
 
@@ -122,42 +126,48 @@ def _copied(
     module: nn.Module,
     kept: Mapping[int, list[tuple[int, torch.Tensor]]],
     resized: Mapping[int, list[tuple[str, int]]],
-    memo: dict[int, object],
+    memo: dict[int, Any],
 ) -> nn.Module:
     """The module tree again around sliced tensors; shared modules and tied tensors stay shared."""
     if id(module) in memo:
-        return memo[id(module)]  # type: ignore[return-value]
-    copy = type(module).__new__(type(module))
+        return memo[id(module)]
+    copy = object.__new__(type(module))
     memo[id(module)] = copy
-    state = {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}
-    state["_parameters"] = {
-        key: None if value is None else _sliced(value, kept, memo) for key, value in module._parameters.items()
-    }
-    state["_buffers"] = {
-        key: None if value is None else _sliced(value, kept, memo) for key, value in module._buffers.items()
-    }
-    state["_modules"] = {
-        key: None if value is None else _copied(value, kept, resized, memo) for key, value in module._modules.items()
-    }
-    copy.__dict__.update(state)
+    state = copy.__dict__
+    for key, value in module.__dict__.items():
+        state[key] = value.copy() if isinstance(value, dict) else value  # hook tables among them
+    for table in (state["_parameters"], state["_buffers"]):
+        for key, tensor in table.items():
+            if tensor is not None:
+                table[key] = _sliced(tensor, kept, memo)
+    modules = state["_modules"]
+    for key, child in modules.items():
+        if child is not None:
+            modules[key] = _copied(child, kept, resized, memo)
     for role, lost in resized.get(id(module), ()):
         _resize(copy, role, lost)
     return copy
 
 
 def _sliced(
-    tensor: torch.Tensor, kept: Mapping[int, list[tuple[int, torch.Tensor]]], memo: dict[int, object]
+    tensor: torch.Tensor, kept: Mapping[int, list[tuple[int, torch.Tensor]]], memo: dict[int, Any]
 ) -> torch.Tensor:
     if id(tensor) in memo:
-        return memo[id(tensor)]  # type: ignore[return-value]
-    value = tensor.detach()
-    for axis, index in kept.get(id(tensor), ()):
-        value = value.index_select(axis, index)
-    if id(tensor) not in kept:
+        return memo[id(tensor)]
+    value, axes = tensor.detach(), kept.get(id(tensor))
+    if axes is None:
         value = value.clone()
+    else:
+        # Rows first: they are whole blocks of memory, and leave less to pick single columns from.
+        for axis, index in sorted(axes, key=_axis):
+            value = value.index_select(axis, index)
     copy = nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     memo[id(tensor)] = copy
     return copy
+
+
+def _axis(selection: tuple[int, torch.Tensor]) -> int:
+    return selection[0]
 
 
 def _resize(module: nn.Module, role: str, lost: int) -> None:

@@ -33,9 +33,12 @@ def test_bad_indices_are_refused(kept: object) -> None:
         Plan({"a": kept})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"keep": 3}', '{"keep": {"a": []}}', '{"keep": {}, "runtime_keep": 1}'])
+BROKEN = ["", "{", "[]", '{"keep": 3}', '{"keep": {"a": []}}', '{"keep": {}, "runtime_keep": 1}']
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_text_that_is_no_plan_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="plan|keep"):
+    with pytest.raises(ValueError, match=r"plan|keep"):
         Plan.from_json(text)
 
 
@@ -56,5 +59,5 @@ def test_of_counts_keeps_the_best_and_breaks_ties_by_index() -> None:
 def test_scores_that_are_not_numbers_are_refused() -> None:
     graph = trace(build("chain"), example())
     scores = {"body.0.0": np.full(8, np.nan), "body.2.0": np.zeros(6), "hidden": np.zeros(10)}
-    with pytest.raises(ValueError, match="body.0.0"):
+    with pytest.raises(ValueError, match=r"body\.0\.0"):
         Plan.of_counts(graph, np.array([4, 2, 3]), scores)
