@@ -143,7 +143,9 @@ def test_a_graph_survives_pickling() -> None:
 
 
 def test_tied_weights_stay_whole() -> None:
-    network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    widths = ((6, 6), (6, 6), (6, 4), (4, 2))
+    layers = [layer for width in widths for layer in (nn.Linear(*width), nn.ReLU())]
+    network = nn.Sequential(*layers)
     network[2].weight = network[0].weight
     graph = trace(network, torch.randn(1, 6))
     assert _shape(graph) == {"4": 4}
