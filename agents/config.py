@@ -144,5 +144,5 @@ def _integer(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} is {value!r}; an integer of at least {least} is allowed")
 
 
-DEMONSTRATION = TrainConfig(budget=0.2, episodes=150, seeds=(0, 1, 2), threads=1)
+DEMONSTRATION = TrainConfig(budget=0.15, episodes=150, seeds=(0, 1, 2), threads=1)
 """What a run without arguments shows: a digits network at a budget at which the uniform plan visibly loses."""

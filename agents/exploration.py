@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +13,10 @@ SIGMA_RANDOM = 0.6
 """Width of a random plan around the uniform one."""
 SPREAD = 0.7
 """Standard deviation of the logarithm of an episode's own width around that: some episodes look far, some near."""
-DISTURBED = 0.3
+DISTURBED = 0.4
 """Share of an episode's steps that are disturbed: a change in few groups can be told from the rest."""
+REDRAWS = 8
+"""Attempts at a plan that was not measured yet."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def draft(
     known: dict[str, np.ndarray],
     best: np.ndarray | None,
     own_noise: bool,
+    played: Callable[[np.ndarray], bool],
     rng: np.random.Generator,
 ) -> Draft:
     """Plan the next episode.
@@ -58,6 +62,7 @@ def draft(
         known: Name -> actions of the plans to begin with.
         best: Actions of the best episode so far.
         own_noise: The learner explores by itself.
+        played: Whether these actions lead to a plan that the run has measured already.
         rng: Source of all randomness.
     """
     names = list(known)
@@ -70,13 +75,32 @@ def draft(
         return Draft("random", np.array(script), np.zeros(len(best)), rng)
     sigma = SIGMA_START * (SIGMA_END / SIGMA_START) ** (episode / max(episodes - 1, 1))
     sigma *= float(np.exp(SPREAD * rng.normal()))
-    disturbed = rng.random(len(best)) < DISTURBED
-    disturbed[rng.integers(len(best))] = True
-    noise = np.where(disturbed, sigma, 0.0)
     if episode < guided or episode % 2:
-        script = [truncated_normal(rng, mean, width) for mean, width in zip(best.tolist(), noise, strict=True)]
-        return Draft("disturbed best", np.array(script), noise, rng)
-    return Draft("policy", None, np.zeros(len(best)) if own_noise else noise, rng)
+        return Draft("disturbed best", _fresh(best, sigma, played, rng), np.zeros(len(best)), rng)
+    noise = np.zeros(len(best)) if own_noise else sigma * _few(len(best), rng)
+    return Draft("policy", None, noise, rng)
+
+
+def _fresh(
+    best: np.ndarray, sigma: float, played: Callable[[np.ndarray], bool], rng: np.random.Generator
+) -> np.ndarray:
+    """The best actions disturbed so that a new plan comes out: small noise is often lost in rounding, so it grows."""
+    script = best
+    for _ in range(REDRAWS):
+        noise = sigma * _few(len(best), rng)
+        pairs = zip(best.tolist(), noise, strict=True)
+        script = np.array([truncated_normal(rng, mean, width) for mean, width in pairs])
+        if not played(script):
+            break
+        sigma *= 1.3
+    return script
+
+
+def _few(steps: int, rng: np.random.Generator) -> np.ndarray:
+    """1 for the steps to disturb, at least one, and 0 for the others."""
+    few = rng.random(steps) < DISTURBED
+    few[rng.integers(steps)] = True
+    return few.astype(float)
 
 
 def truncated_normal(rng: np.random.Generator, mean: float, sigma: float) -> float:

@@ -22,7 +22,7 @@ from agents.config import TrainConfig
 from agents.episode import Episode, Memory
 from agents.learner import Learner, load_tensors, make_learner, one_thread, tensors_of
 from agents.record import RunFolder, write
-from agents.view import actions_of
+from agents.view import actions_of, kept_by
 from baselines import heuristics
 from baselines.method import case_of
 from prune_env.envs import dynamics
@@ -143,7 +143,8 @@ class _Search:
 
     def draft(self, number: int, rng: np.random.Generator) -> exploration.Draft:
         """How an episode will be played."""
-        best = self.memory.best
+        best, steps = self.memory.best, self.problem.steps
+        measured = {tuple(episode.counts[step] for step in steps) for episode in self.memory.episodes}
         return exploration.draft(
             number,
             episodes=self.config.episodes,
@@ -151,6 +152,7 @@ class _Search:
             known=self.known,
             best=None if best is None else self.memory.trajectories[best].applied[:, 0],
             own_noise=self.learner.own_noise,
+            played=lambda actions: kept_by(self.problem, actions) in measured,
             # a generator per episode: how many draws one takes does not move the others
             rng=np.random.default_rng(rng.integers(2**63)),
         )

@@ -91,6 +91,14 @@ def action_of(even: float, share: float) -> float:
     return float(max(-1.0, share / even - 1.0))
 
 
+def kept_by(problem: Problem, actions: np.ndarray) -> tuple[int, ...]:
+    """Channels kept in each step by relative actions `[steps]`: an episode without its measurement."""
+    state = dynamics.start(problem)
+    for action in actions.tolist():
+        state = dynamics.apply(problem, state, share_of(even_share(problem, state), action))
+    return state.kept
+
+
 def actions_of(problem: Problem, kept: np.ndarray) -> np.ndarray:
     """The relative actions that lead to a plan.
 
