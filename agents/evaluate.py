@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.cli import guarded, parse
+from agents.config import TrainConfig
 from agents.record import RunFolder
 from agents.report import Row, measure_test
 from agents.train import make_task_of, problem_of
 from prune_env.pruning import archive
 from prune_env.pruning.measure import count_macs, count_params, measure_latency
+from prune_env.tasks.dense import parse_name
 
 DISAGREES = 1
 
@@ -73,7 +75,7 @@ def replay(run: RunFolder, *, threads: int = 1) -> tuple[Row, dict[str, Any]]:
     task = make_task_of(config)
     problem = problem_of(task, config)
     plan.check(problem.graph)
-    network, stored = problem.evaluator.realise(plan), archive.load(run.path, allow=_package(config.network))
+    network, stored = problem.evaluator.realise(plan), archive.load(run.path, allow=own_package(config))
     accuracy, loss = problem.evaluator.meter.accuracy_and_loss(network)
     test_accuracy, test_loss = measure_test(task, network, config.device)
     found: Row = {
@@ -103,10 +105,11 @@ def disagreements(recorded: Row, found: Row) -> list[str]:
     return lines
 
 
-def _package(network: str | None) -> tuple[str, ...]:
+def own_package(config: TrainConfig) -> tuple[str, ...]:
     """The package of a network of one's own, whose classes the stored network is made of."""
-    own = network is not None and ":" in network and not network.startswith("torchvision:")
-    return (network.split(":")[0].split(".")[0],) if own and network else ()
+    _, network = parse_name(config.task, config.network)
+    own = ":" in network and not network.startswith("torchvision:")
+    return (network.split(":")[0].split(".")[0],) if own else ()
 
 
 def _table(path: Path, recorded: Row, found: Row) -> Table:

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from agents.cli import guarded, parse
-from agents.evaluate import _package
+from agents.evaluate import own_package
 from agents.record import RunFolder
 from prune_env.pruning import archive
 from prune_env.pruning.measure import count_params
@@ -39,7 +39,7 @@ def _main(arguments: list[str]) -> int:
     run = RunFolder.open(order.run)
     if not (order.run / "model.safetensors").exists():
         raise ValueError(f"{order.run} is not finished; go on with: python -m agents.train --resume {order.run}")
-    network = archive.load(order.run, allow=_package(run.config.network))
+    network = archive.load(order.run, allow=own_package(run.config))
     archive.save(network, run.plan, order.out)
     Console().print(
         f"{order.out}: {count_params(network):,} parameters; load it with prune_env.load({str(order.out)!r})"

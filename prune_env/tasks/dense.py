@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
+import torch
 from torch import nn
 
 from prune_env.tasks.datasets import DATASETS, Splits, cache_root, data_root, find_dataset, load_splits
@@ -135,8 +136,24 @@ def blank(
     splits = load_splits(data, seed=seed, root=folder, normalise=text, search_size=search_size, image_size=image_size)
     channels, side, _ = splits.train.shape
     model = make_network(network_name, classes=splits.train.classes, channels=channels, side=side, seed=seed)
+    _check_fits(model, network_name, splits)
     settings = DenseSettings(data, network_name, text, seed, len(splits.search), side, training)
     return Blank(model, splits, settings, writable_root(folder))
+
+
+def _check_fits(network: nn.Module, name: str, splits: Splits) -> None:
+    """Refuse a network that cannot run on the data, before hours of training."""
+    image, classes = splits.train.take(1)[0], splits.train.classes
+    try:
+        with torch.no_grad():
+            output = network.eval()(image)
+    # A network of somebody's own may fail in any way.
+    except Exception as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"network {name!r} fails on an image of shape {tuple(image.shape[1:])}: {line}") from None
+    if not isinstance(output, torch.Tensor) or output.shape != (1, classes):
+        got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ValueError(f"network {name!r} must give one score for each of {classes} classes, not {got}")
 
 
 def train_dense(start: Blank, *, progress: Progress | None = None) -> Path:

@@ -114,7 +114,7 @@ def make_task(
     return Task(
         name=title,
         network=start.network.eval(),
-        example=splits.test.take(1)[0],
+        example=splits.train.take(1)[0],
         train=splits.train,
         search=splits.search,
         test=splits.test,
