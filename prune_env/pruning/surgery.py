@@ -6,6 +6,7 @@ tensors around a shallow copy of the module tree: no deep copy of the network an
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,9 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+TABLES = frozenset({dict, OrderedDict})
+"""What a module keeps its parameters, buffers, children and hooks in: each copy needs its own."""
 
 Axes = dict[tuple[str, str], tuple[int, np.ndarray]]
 """(module or parameter name, role) -> (dim of a bare parameter, dropped positions)."""
@@ -128,22 +132,28 @@ def _copied(
     resized: Mapping[int, list[tuple[str, int]]],
     memo: dict[int, Any],
 ) -> nn.Module:
-    """The module tree again around sliced tensors; shared modules and tied tensors stay shared."""
+    """The module tree again around sliced tensors; shared modules and tied tensors stay shared.
+
+    This runs once per module and episode, hence no call that can be spared.
+    """
     if id(module) in memo:
         return memo[id(module)]
     copy = object.__new__(type(module))
     memo[id(module)] = copy
-    state = copy.__dict__
+    state = module.__dict__.copy()
     for key, value in module.__dict__.items():
-        state[key] = value.copy() if isinstance(value, dict) else value  # hook tables among them
-    for table in (state["_parameters"], state["_buffers"]):
+        if value.__class__ in TABLES:
+            state[key] = value.copy() if value else value.__class__()  # most are empty, and copying one is slow
+    for name in ("_parameters", "_buffers"):
+        table = state[name]
         for key, tensor in table.items():
             if tensor is not None:
-                table[key] = _sliced(tensor, kept, memo)
+                table[key] = memo[id(tensor)] if id(tensor) in memo else _sliced(tensor, kept, memo)
     modules = state["_modules"]
     for key, child in modules.items():
         if child is not None:
             modules[key] = _copied(child, kept, resized, memo)
+    object.__setattr__(copy, "__dict__", state)
     for role, lost in resized.get(id(module), ()):
         _resize(copy, role, lost)
     return copy
@@ -152,18 +162,19 @@ def _copied(
 def _sliced(
     tensor: torch.Tensor, kept: Mapping[int, list[tuple[int, torch.Tensor]]], memo: dict[int, Any]
 ) -> torch.Tensor:
-    if id(tensor) in memo:
-        return memo[id(tensor)]
-    value, axes = tensor.detach(), kept.get(id(tensor))
+    """A new tensor of what is kept; a parameter again where it was one. Runs without gradients."""
+    axes, value = kept.get(id(tensor)), tensor
     if axes is None:
-        value = value.clone()
+        value = tensor.clone()
     else:
         # Rows first: they are whole blocks of memory, and leave less to pick single columns from.
-        for axis, index in sorted(axes, key=_axis):
+        for axis, index in sorted(axes, key=_axis) if len(axes) > 1 else axes:
             value = value.index_select(axis, index)
-    copy = nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    memo[id(tensor)] = copy
-    return copy
+    # `isinstance` of Parameter is a method of its own in torch, and slow.
+    if tensor.__class__ is nn.Parameter or isinstance(tensor, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+    memo[id(tensor)] = value
+    return value
 
 
 def _axis(selection: tuple[int, torch.Tensor]) -> int:
