@@ -1,4 +1,4 @@
-"""The laws of DESIGN.md as functions: each takes what a table entry makes, and fails with the law that is broken.
+"""The laws of the project as functions: each takes what a table entry makes, and fails with the law that is broken.
 
 `tests/env/test_laws.py` runs them over networks, rewards and importances; a new table entry is picked up by itself.
 """
@@ -15,10 +15,12 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.utils.env_checker import data_equivalence
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prune_env.envs import dynamics
 from prune_env.envs.dynamics import Problem
+from prune_env.pruning import archive
 from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.measure import count_macs, count_params
 from prune_env.pruning.plan import Plan
@@ -28,12 +30,14 @@ REPLAY = """
 import sys
 from pathlib import Path
 import torch
-from prune_env.pruning.plan import Plan
-from prune_env.pruning.surgery import cut
-network, graph, images = torch.load(sys.argv[1], weights_only=False)
-plan = Plan.from_json(Path(sys.argv[2]).read_text())
+from safetensors.torch import load_file, save_file
+import prune_env
+folder = Path(sys.argv[1])
+network, images = prune_env.load(folder / "network"), load_file(folder / "images.safetensors")["images"]
+plan = prune_env.Plan.from_json((folder / "plan.json").read_text())
+graph = prune_env.trace(network, images[:1])
 with torch.no_grad():
-    torch.save(cut(network, graph, plan)(images), sys.argv[3])
+    save_file({"outputs": prune_env.cut(network, graph, plan)(images)}, folder / "outputs.safetensors")
 """
 
 
@@ -129,12 +133,13 @@ def plan_replays_from_json(
     """Law 8: Plan -> JSON -> Plan is equal, and in a fresh process the cut network's outputs are equal."""
     assert Plan.from_json(plan.to_json()) == plan
     (folder / "plan.json").write_text(plan.to_json())
-    torch.save((network, graph, images), folder / "network.pt")
-    run = [sys.executable, "-c", REPLAY, *(str(folder / name) for name in ("network.pt", "plan.json", "outputs.pt"))]
-    subprocess.run(run, check=True, env=environment(), timeout=120)
+    archive.save(network, Plan.full(graph), folder / "network")
+    save_file({"images": images.contiguous()}, folder / "images.safetensors")
+    subprocess.run([sys.executable, "-c", REPLAY, str(folder)], check=True, env=environment(), timeout=120)
     with torch.no_grad():
         expected = cut(network, graph, plan)(images)
-    torch.testing.assert_close(torch.load(folder / "outputs.pt"), expected, rtol=0, atol=0)
+    outputs = load_file(folder / "outputs.safetensors")["outputs"]
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
 
 
 def environment(**changes: Any) -> dict[str, str]:
