@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -71,24 +72,28 @@ class Evaluator:
         self._prepared = prepare_images(calibration, device=device, dtype=meter.dtype)
         self._measured: OrderedDict[Key, Measurement] = OrderedDict()
 
-    def realise(self, plan: Plan) -> nn.Module:
-        """The network of a plan: cut, refitted, recalibrated, in evaluation mode; an ordinary module of its own.
+    def realise(self, plan: Plan, *, repair: Callable[[nn.Module, Plan], None] | None = None) -> nn.Module:
+        """The network of a plan: cut, repaired, recalibrated, in evaluation mode; an ordinary module of its own.
+
+        Args:
+            plan: What is kept. The full plan is not repaired: nothing was cut.
+            repair: (cut network, plan) -> None, changes the cut network in place; in the place of the refit.
 
         Raises:
             ValueError: The plan does not fit the graph.
         """
         small = cut(self.network, self.graph, plan).eval().to(memory_format=torch.channels_last)
         if any(self._key(plan)):
-            self._repair(small, plan)
+            (repair or self._refit)(small, plan)
+            if self.recalibrate:
+                recalibrate(small, self._prepared, dtype=self.meter.dtype)
         return small
 
-    def _repair(self, small: nn.Module, plan: Plan) -> None:
+    def _refit(self, small: nn.Module, plan: Plan) -> None:
         if self.refit == "moments" and self.moments is not None:
             self.moments.refit(self.network, small, self.graph, plan)
         elif self.refit == "sequential":
             sequential_refit(self.network, small, self.graph, plan, self._calibration)
-        if self.recalibrate:
-            recalibrate(small, self._prepared, dtype=self.meter.dtype)
 
     def measure(self, plan: Plan) -> Measurement:
         """Accuracy and loss of the realised plan, its macs and params by closed form; remembered by plan.
