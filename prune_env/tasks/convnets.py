@@ -16,7 +16,7 @@ class ConvNormReLU(nn.Sequential):
         super().__init__(
             nn.Conv2d(channels_in, channels, 3, stride=stride, padding=padding, bias=False),
             nn.BatchNorm2d(channels),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
 
 
@@ -55,9 +55,9 @@ class LeNet300100(nn.Module):
     def __init__(self, inputs: int, *, classes: int) -> None:
         super().__init__()
         self.ip1 = nn.Linear(inputs, 300)
-        self.relu1 = nn.ReLU()
+        self.relu1 = nn.ReLU(inplace=True)
         self.ip2 = nn.Linear(300, 100)
-        self.relu2 = nn.ReLU()
+        self.relu2 = nn.ReLU(inplace=True)
         self.ip3 = nn.Linear(100, classes)
         initialise(self)
 
@@ -109,7 +109,11 @@ class VggBn(nn.Module):
             if width == "M":
                 layers.append(nn.MaxPool2d(2))
             else:
-                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace=True),
+                ]
                 channels = width
         self.features = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(1)
