@@ -1,0 +1,164 @@
+"""The gated layer: a convolution or linear layer whose output channels are scored, and switched, for every input."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from prune_env.pruning.surgery import BATCH_NORMS, CONVOLUTIONS
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What a gated layer knows when it asks which of its channels are active.
+
+    Attributes:
+        name: The layer's group.
+        index: The layer's place in forward order.
+        pooled: `[sample, input]` what the layer reads, averaged over positions.
+        runtime: `[sample, channel]` runtime score of each output channel, without gradient.
+        static: `[channel]` static score of each output channel, without gradient.
+    """
+
+    name: str
+    index: int
+    pooled: Float[Tensor, "sample input"]
+    runtime: Float[Tensor, "sample channel"]
+    static: Float[Tensor, " channel"]
+
+
+Decide = Callable[[Question], Bool[Tensor, "sample channel"]]
+"""Answers a question with the channels that are active."""
+
+
+class GatedLayer(nn.Module):
+    """A producer, its BatchNorm without scale and shift, and the predictor that takes their place.
+
+    The runtime predictor is the core paper's (section 3.1.1, and the forward pass of its official code): the global
+    average of the layer's input goes through one linear layer, `g_r = W s + b`, and multiplies the normalised output.
+    The scale of the BatchNorm becomes `b`, its shift is masked with the channel:
+
+        out = norm(conv(x)) * g + shift * active,     g = sgn * g_r * g_s * active,
+        sgn = -1 where g_r < 0 and g_s < 0, else +1
+
+    so that two negative scores leave a negative gate, and the rectifier behind it closes the channel. `W` starts at
+    zero (the paper does not say): at first the layer is the dense one, bit for bit in its scores.
+
+    Attributes:
+        producer: The convolution or linear layer; it has a bias only in front of a norm.
+        norm: BatchNorm without scale and shift, or nothing.
+        gate: Linear from the pooled input to one score per output channel.
+        shift: `[channel]` the BatchNorm's shift, or the producer's bias.
+        added: Parameters per channel (beside the predictor's weights) that the ungated layer does not have.
+    """
+
+    def __init__(self, producer: nn.Module, norm: nn.Module | None) -> None:
+        super().__init__()
+        self.producer = copy.deepcopy(producer)
+        weight = self.producer.weight
+        channels, inputs = weight.shape[0], weight.shape[1]
+        scale, shift, self.added = torch.ones(channels), torch.zeros(channels), 2
+        if norm is None:
+            self.norm: nn.Module = nn.Identity()
+            if self.producer.bias is not None:
+                shift, self.added = self.producer.bias.detach().clone(), 1
+                self.producer.bias = None
+        else:
+            self.norm = _without_affine(norm)
+            if norm.affine:
+                scale, shift, self.added = norm.weight.detach().clone(), norm.bias.detach().clone(), 0
+        self.gate = nn.Linear(inputs, channels)
+        with torch.no_grad():
+            self.gate.weight.zero_()
+            self.gate.bias.copy_(scale)
+        self.shift = nn.Parameter(shift)
+        self.to(weight.device)
+        self._turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def channels(self) -> int:
+        """Output channels."""
+        return self.shift.numel()
+
+    def scores(self, x: Float[Tensor, "sample ..."]) -> tuple[Tensor, Tensor]:
+        """Pooled input `[sample, input]` and runtime scores `[sample, channel]`, in float32 whatever runs around."""
+        with torch.autocast(x.device.type, enabled=False):
+            pooled = (x.flatten(2).mean(2) if x.dim() > 2 else x).float()
+            return pooled, self.gate(pooled)
+
+    def gated(
+        self,
+        x: Float[Tensor, "sample ..."],
+        runtime: Float[Tensor, "sample channel"],
+        static: Float[Tensor, " channel"],
+        active: Bool[Tensor, "sample channel"],
+    ) -> Float[Tensor, "sample ..."]:
+        """The layer's output, zero where a channel is not active."""
+        y = self.norm(self.producer(x))
+        scale, shift = self.gates(runtime, static, active)
+        shape = (*scale.shape, *(1,) * (y.dim() - 2))
+        # In the number format of the map, so that autocast does not write it out in float32.
+        return torch.addcmul(shift.to(y.dtype).view(shape), y, scale.to(y.dtype).view(shape))
+
+    def gates(
+        self,
+        runtime: Float[Tensor, "sample channel"],
+        static: Float[Tensor, " channel"],
+        active: Bool[Tensor, "sample channel"],
+    ) -> tuple[Float[Tensor, "sample channel"], Float[Tensor, "sample channel"]]:
+        """Factor and shift of every channel for every input."""
+        both = (runtime < 0) & (static < 0)
+        gate = runtime * static
+        return torch.where(both, -gate, gate) * active, self.shift * active
+
+    def forward(self, x: Float[Tensor, "sample ..."]) -> Float[Tensor, "sample ..."]:
+        """The layer's output under the decision of the network that is running it."""
+        if self._turn is None:
+            raise RuntimeError("a gated layer runs only inside its GatedNetwork")
+        pooled, runtime = self.scores(x)
+        static, active = self._turn(pooled, runtime)
+        return self.gated(x, runtime, static, active)
+
+    def plain(self) -> tuple[nn.Module, nn.Module | None]:
+        """Producer and BatchNorm as an ordinary network has them, with the gate's constant part for a scale."""
+        producer = copy.deepcopy(self.producer)
+        if isinstance(self.norm, nn.Identity):
+            producer.bias = nn.Parameter(self.shift.detach().clone())
+            return producer, None
+        norm = type(self.norm)(
+            self.channels, eps=self.norm.eps, momentum=self.norm.momentum, device=self.shift.device
+        ).train(self.norm.training)
+        norm.load_state_dict({**self.norm.state_dict(), "weight": self.gate.bias, "bias": self.shift})
+        return producer, norm
+
+
+def _without_affine(norm: nn.Module) -> nn.Module:
+    """The same BatchNorm with its statistics and without scale and shift."""
+    bare = type(norm)(norm.num_features, eps=norm.eps, momentum=norm.momentum, affine=False)
+    bare.load_state_dict({name: value for name, value in norm.state_dict().items() if name not in ("weight", "bias")})
+    return bare.train(norm.training)
+
+
+def unfit(producer: nn.Module, carriers: tuple[nn.Module, ...]) -> str | None:
+    """Why a layer cannot carry a gate, or None.
+
+    Args:
+        producer: The layer that writes the channels.
+        carriers: Modules on the channels' way that keep them apart (norms, depthwise convolutions).
+    """
+    if not isinstance(producer, (*CONVOLUTIONS, nn.Linear)):
+        return f"a {type(producer).__name__} writes it; a gate belongs to a convolution or linear layer"
+    if getattr(producer, "groups", 1) != 1:
+        return "a grouped convolution writes it"
+    if len(carriers) > 1:
+        return (
+            "more than one layer lies between its producer and its consumers, and an inactive channel is not zero there"
+        )
+    if carriers and not (isinstance(carriers[0], BATCH_NORMS) and carriers[0].track_running_stats):
+        return f"a {type(carriers[0]).__name__} lies on its way; only a BatchNorm with statistics gives way to a gate"
+    return None
