@@ -15,13 +15,18 @@ PUBLIC = {
     "Budget": "prune_env.pruning.measure",
     "ChannelPruningEnv": "prune_env.envs.channel_pruning",
     "EnvConfig": "prune_env.config",
+    "GatedNetwork": "prune_env.pruning.gating.network",
     "Evaluator": "prune_env.pruning.evaluator",
     "Measurement": "prune_env.pruning.measure",
     "Moments": "prune_env.pruning.moments",
     "Plan": "prune_env.pruning.plan",
     "Problem": "prune_env.envs.dynamics",
+    "RuntimeConfig": "prune_env.runtime_config",
+    "RuntimeProblem": "prune_env.envs.runtime_dynamics",
+    "RuntimePruningVectorEnv": "prune_env.envs.runtime_pruning",
     "Task": "prune_env.tasks.task",
     "TaskConfig": "prune_env.config",
+    "attach": "prune_env.pruning.gating.network",
     "count_macs": "prune_env.pruning.measure",
     "count_params": "prune_env.pruning.measure",
     "cut": "prune_env.pruning.surgery",
@@ -29,6 +34,7 @@ PUBLIC = {
     "make": "prune_env.config",
     "make_env": "prune_env.config",
     "make_problem": "prune_env.config",
+    "make_runtime_problem": "prune_env.runtime_config",
     "make_task": "prune_env.config",
     "problem_from": "prune_env.config",
     "masked": "prune_env.pruning.surgery",
@@ -39,8 +45,14 @@ PUBLIC = {
 }
 """Public name -> the module that defines it."""
 
-ENVIRONMENTS = {"prune_env/ChannelPruning-v0": "prune_env.config:make_env"}
-"""Environment id -> entry point."""
+ENVIRONMENTS = {
+    "prune_env/ChannelPruning-v0": {"entry_point": "prune_env.config:make_env"},
+    "prune_env/RuntimePruning-v0": {
+        "entry_point": "prune_env.runtime_config:make_runtime_env",
+        "vector_entry_point": "prune_env.runtime_config:make_runtime_vec",
+    },
+}
+"""Environment id -> entry points."""
 
 __all__ = list(PUBLIC)
 
@@ -60,9 +72,9 @@ def __dir__() -> list[str]:
 
 def register_environments() -> None:
     """Register every environment id that is not yet known; safe to call again."""
-    for name, entry_point in ENVIRONMENTS.items():
+    for name, entry_points in ENVIRONMENTS.items():
         if name not in gymnasium.registry:
-            gymnasium.register(name, entry_point=entry_point)
+            gymnasium.register(name, **entry_points)
 
 
 register_environments()

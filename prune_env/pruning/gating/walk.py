@@ -42,7 +42,9 @@ class Walker:
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"the network cannot be walked layer by layer: {line}") from None
         self._module = fx.GraphModule(gated.network, graph)
-        self._index = {id(layer): at for at, layer in enumerate(gated.layers)}
+        at = {id(layer): place for place, layer in enumerate(gated.layers)}
+        called = ((node, node.op == "call_module" and gated.network.get_submodule(node.target)) for node in graph.nodes)
+        self._gates = {node: at[id(module)] for node, module in called if isinstance(module, GatedLayer)}
 
     def walk(self, x: Float[Tensor, "sample ..."]) -> Walk:
         """One forward pass that stops at each gate.
@@ -50,16 +52,14 @@ class Walker:
         Gradient mode and autocast are those in force at each resumption.
         """
         gated = self.gated
-        statics = gated.static.scores()
+        layers, statics = gated.layers, gated.static.scores()
         run = fx.Interpreter(self._module)
         run.args_iter = iter((x,))
         for node in self._module.graph.nodes:
-            layer = gated.network.get_submodule(node.target) if node.op == "call_module" else None
-            if isinstance(layer, GatedLayer):
-                at = self._index[id(layer)]
-                value = run.env[node.args[0]]
+            at = self._gates.get(node)
+            if at is not None:
+                layer, static, value = layers[at], statics[at], run.env[node.args[0]]
                 pooled, runtime = layer.scores(value)
-                static = statics[at]
                 active = yield Question(gated.names[at], at, pooled.detach(), runtime.detach(), static.detach())
                 run.env[node] = layer.gated(value, runtime, static, active)
             else:

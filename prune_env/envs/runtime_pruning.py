@@ -1,0 +1,278 @@
+"""`prune_env/RuntimePruning-v0`: a batch of images walks through a gated network, each with decisions of its own."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+from torch.nn import functional
+
+from prune_env.envs.runtime_dynamics import LossMean, Passage, RuntimeProblem, rewards, widths
+from prune_env.pruning.gating.layer import Question
+from prune_env.pruning.gating.walk import Walk
+from prune_env.pruning.measure import autocast
+
+Observation = dict[str, np.ndarray]
+
+
+class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
+    """Decide for every image, layer by layer, how many channels are computed; and for all images, how many are stored.
+
+    ## Description
+
+    The environment of Chen, Chen, Pan, "Storage Efficient and Dynamic Flexible Runtime Channel Pruning via Deep
+    Reinforcement Learning" (NeurIPS 2020). An episode is an image, a step is a gated layer, in forward order. All
+    images of the batch take their step together and go through the network in ONE forward pass. Channels of highest
+    runtime importance are active, after the trade-off with the static decision
+    (`prune_env.pruning.gating.tradeoff`); what the static decision removes can never be active.
+
+    ## Action Space
+
+    | Num | Action | Min | Max |
+    |-----|--------|-----|-----|
+    | 0 | share of the layer's channels that may be active for this image | 0 | 1 |
+    | 1 | share of the layer's channels that the static decision keeps | 0 | 1 |
+
+    Both are moved into [`min_keep`, 1]. A static decision may not depend on the image: the mean of the batch's second
+    numbers is taken, which for a policy that does not look at the image is each of them.
+
+    ## Observation Space
+
+    A flat `Dict` of float32 `Box`es.
+
+    | Field | Length | Meaning |
+    |-------|--------|---------|
+    | `position` | 1 | layers decided, as a share |
+    | `budget` | 1 | the batch's budget, share of the dense macs |
+    | `even` | 1 | the share which, kept in every layer, costs the budget |
+    | `index` | layers + 1 | one-hot of the layer; the last entry is the end |
+    | `layer` | 6 | shape of the layer, see `runtime_dynamics.SHAPE` |
+    | `static_importance` | widest layer | static score of each channel, standardised over the layer, / 5, in [-1, 1] |
+    | `spent` | 1 | macs so far of this image, share of the dense network's / 2 |
+    | `previous_keep` | 1 | runtime share in the previous layer |
+    | `pooled` | widest input | the layer's pooled input, standardised, / 5, in [-1, 1] |
+    | `runtime_importance` | widest layer | runtime score of each channel for this image, standardised likewise |
+
+    The last four depend on the image; `runtime_dynamics.IMAGE_FIELDS` names them.
+
+    ## Rewards
+
+    0 until the last layer, then the sum of three terms, on what was really kept (after trade-off and rounding):
+
+    | Term | Value |
+    |------|-------|
+    | `accuracy` | -loss of the image / running mean of losses |
+    | `macs` | -1.2 (exp((B - Bbar) / .03) - 1) above the budget, .1 (Bbar - B) below; B: macs of the image |
+    | `params` | the same for the stored parameters, nothing below the budget |
+
+    Bbar of `params` is the share that the even keep leaves. The exponent is bounded at 5.
+
+    ## Starting State
+
+    `reset` draws the next `num_envs` images without replacement; `options={"budget": x}` sets the batch's budget, else
+    it is drawn from `budget_range`, or is `budget`. A seed also resets the running mean of losses.
+
+    ## Episode End
+
+    All episodes terminate together at the last layer. Autoreset is `SAME_STEP`: the observation is the first of the
+    next batch, `infos["final_obs"]` and `infos["final_info"]` belong to the finished one.
+
+    ## Info
+
+    | Key | When | Meaning |
+    |-----|------|---------|
+    | `group` | always | the layer just decided; after `reset`, the one to decide first |
+    | `active`, `kept` | step | channels active for the image, channels stored |
+    | `macs`, `params` | step | shares of the dense network's so far |
+    | `static_keep` | step | the static share that was applied |
+    | `loss`, `correct` | last step | of the image |
+    | `budget` | last step | the batch's budget |
+    | `reward/<term>` | last step | the terms of the reward |
+
+    Nothing is measured by a clock.
+
+    ## Version History
+
+    * v0: initial version.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(self, problem: RuntimeProblem, *, num_envs: int = 128, render_mode: str | None = None) -> None:
+        """Take a problem; `gymnasium.make_vec` builds one from names.
+
+        Args:
+            problem: What is decided; several envs may share one.
+            num_envs: Images that walk together.
+            render_mode: None: there is nothing to draw.
+
+        Raises:
+            ValueError: `num_envs` is below 1 or above the number of images, or a render mode is asked for.
+        """
+        if isinstance(num_envs, bool) or not isinstance(num_envs, int) or not 1 <= num_envs <= len(problem.images):
+            raise ValueError(f"num_envs is {num_envs!r}; 1 to {len(problem.images)} (the images there are) is allowed")
+        if render_mode is not None:
+            raise ValueError(f"render_mode is {render_mode!r}; only None is allowed")
+        self.problem, self.num_envs, self.render_mode = problem, num_envs, render_mode
+        fields = {name: spaces.Box(low, 1.0, (width,), np.float32) for name, (low, width) in widths(problem).items()}
+        self.single_observation_space = spaces.Dict(fields)
+        self.single_action_space = spaces.Box(0.0, 1.0, (2,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._mean = LossMean()
+        self._order = np.empty(0, dtype=np.int64)
+        self._walk: Walk | None = None
+        self._question: Question | None = None
+
+    def reset(
+        self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start a batch of episodes.
+
+        Args:
+            seed: Seeds images and budgets, and forgets the mean of losses.
+            options: `budget`: the batch's budget, a share in (0, 1] or a number of macs.
+
+        Raises:
+            ValueError: An unknown option, or a budget that cannot be reached.
+        """
+        options = dict(options or {})
+        unknown = sorted(set(options) - {"budget"})
+        if unknown:
+            raise ValueError(f"reset options {unknown} are unknown; allowed: ['budget']")
+        if seed is not None:
+            self._np_random = np.random.default_rng(seed)
+            self._np_random_seed = seed if isinstance(seed, int) else None
+            self._mean, self._order = LossMean(), np.empty(0, dtype=np.int64)
+        return self._start(options.get("budget")), self._infos({"group": self._question.name})
+
+    def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Decide the current layer for every image.
+
+        Args:
+            actions: `[num_envs, 2]` runtime and static share.
+
+        Raises:
+            ResetNeeded: There was no `reset` yet.
+            ValueError: Actions of another shape, or not finite.
+        """
+        if self._walk is None or self._question is None:
+            raise ResetNeeded("call reset() before step()")
+        shares = np.asarray(actions, dtype=np.float64)
+        if shares.shape != (self.num_envs, 2) or not np.isfinite(shares).all():
+            raise ValueError(f"actions must be {self.num_envs} x 2 finite numbers in [0, 1], not {shares.shape}")
+        question, passage = self._question, self._passage
+        active = passage.decide(question, shares[:, 0], float(shares[:, 1].mean()))
+        logits = self._advance(active)
+        info = {
+            "group": question.name,
+            "active": passage.active[-1],
+            "kept": passage.kept[-1],
+            "macs": passage.macs(),
+            "params": passage.params(),
+            "static_keep": passage.statics[-1],
+        }
+        no, seen = np.zeros(self.num_envs, dtype=bool), passage.observe(self._question)
+        if logits is None:
+            return seen, np.zeros(self.num_envs), no, no.copy(), self._infos(info)
+        terms = self._finish(logits, info)
+        finals = np.empty(self.num_envs, dtype=object)
+        for at in range(self.num_envs):
+            finals[at] = {name: rows[at] for name, rows in seen.items()}
+        first = self._start(None)
+        infos = self._infos({"group": self._question.name})
+        infos |= {"final_obs": finals, "_final_obs": ~no, "final_info": self._infos(info), "_final_info": ~no}
+        return first, sum(terms.values()), ~no, no, infos
+
+    def _start(self, budget: Any) -> Observation:
+        """Draw images and a budget, and go to the first layer."""
+        problem = self.problem
+        if budget is None:
+            budget = problem.value if problem.span is None else float(self.np_random.uniform(*problem.span))
+        self._passage = Passage(problem, problem.budget_of(budget), self.num_envs)
+        if len(self._order) < self.num_envs:
+            self._order = self.np_random.permutation(len(problem.images))
+        drawn, self._order = self._order[: self.num_envs], self._order[self.num_envs :]
+        index = torch.from_numpy(drawn).to(problem.images.device)
+        self._labels = problem.labels[index]
+        self._walk = problem.walker.walk(problem.images[index])
+        self._advance(None)
+        return self._passage.observe(self._question)
+
+    def _advance(self, active: Tensor | None) -> Tensor | None:
+        """Go on to the next question; the outputs, if there is none."""
+        assert self._walk is not None
+        self._question = None
+        with torch.no_grad(), autocast(self.problem.images.device, self.problem.dtype):
+            try:
+                self._question = self._walk.send(active)
+            except StopIteration as end:
+                return end.value
+        return None
+
+    def _finish(self, logits: Tensor, info: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Terms of the reward; what the images came to goes into `info`."""
+        losses = functional.cross_entropy(logits.float(), self._labels, reduction="none").double().cpu().numpy()
+        self._mean = self._mean.updated(losses)
+        terms = rewards(losses, self._mean, self._passage)
+        info |= {"loss": losses, "correct": (logits.argmax(1) == self._labels).cpu().numpy()}
+        info |= {"budget": self._passage.budget.fraction}
+        info |= {f"reward/{name}": value for name, value in terms.items()}
+        return terms
+
+    def _infos(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Infos in Gymnasium's vector form: an array per key, and a mask of who has it."""
+        infos: dict[str, Any] = {}
+        for name, value in values.items():
+            dtype = object if isinstance(value, str) else None
+            infos[name] = np.full(self.num_envs, value, dtype=dtype) if np.ndim(value) == 0 else np.asarray(value)
+            infos[f"_{name}"] = np.ones(self.num_envs, dtype=bool)
+        return infos
+
+
+class RuntimePruningEnv(gymnasium.Env[Observation, np.ndarray]):
+    """One image at a time: `RuntimePruningVectorEnv` for a single image, see there. For tests and for looking."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+
+    def __init__(self, problem: RuntimeProblem, *, render_mode: str | None = None) -> None:
+        self.vector = RuntimePruningVectorEnv(problem, num_envs=1, render_mode=render_mode)
+        self.problem, self.render_mode = problem, render_mode
+        self.observation_space = self.vector.single_observation_space
+        self.action_space = self.vector.single_action_space
+        self._over = True
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start with the next image."""
+        super().reset(seed=seed)
+        seen, infos = self.vector.reset(seed=seed, options=options)
+        self._over = False
+        return {name: rows[0] for name, rows in seen.items()}, _single(infos)
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Decide the current layer.
+
+        Raises:
+            ResetNeeded: The episode is over or has not begun.
+        """
+        if self._over:
+            raise ResetNeeded("the episode is over or has not begun; call reset()")
+        seen, reward, over, _, infos = self.vector.step(np.asarray(action, dtype=np.float64).reshape(1, -1))
+        self._over = bool(over[0])
+        if self._over:
+            return infos["final_obs"][0], float(reward[0]), True, False, _single(infos["final_info"])
+        return {name: rows[0] for name, rows in seen.items()}, float(reward[0]), False, False, _single(infos)
+
+
+def _single(infos: dict[str, Any]) -> dict[str, Any]:
+    """The first episode's info."""
+    return {name: value[0] for name, value in infos.items() if not name.startswith("_")}

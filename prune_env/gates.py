@@ -1,0 +1,150 @@
+"""Training gated networks, through the one training loop: predictors, static scores and the network together."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+import torch
+
+from prune_env.pruning.gating.layer import Decide
+from prune_env.pruning.gating.network import GatedNetwork, attach
+from prune_env.pruning.tracing import trace
+from prune_env.tasks.dense import recipe, writable_root
+from prune_env.tasks.task import Task
+from prune_env.tasks.training import Hook, TrainingState, TrainSettings, train
+from prune_env.tasks.training.loop import Progress, TrainReport
+from prune_env.tasks.weights import read_tensors, write_tensors
+
+GATE_EPOCHS = {"digits": 4}
+"""Epochs that predictors are trained for by default; one for data sets that are not named."""
+
+LEARNING_RATE = 0.02
+"""Peak of the one cycle. The core paper trains with Adam at 1e-3; here the project's one loop does it, with SGD."""
+
+REFRESH = 50
+"""Steps between two refreshes of the static predictor's features. The official code computes them once."""
+
+VERSION = 1
+"""Part of the cache's key: raise it when the same settings give another network."""
+
+
+@contextmanager
+def deciding(gated: GatedNetwork, decide: Decide | None) -> Iterator[GatedNetwork]:
+    """The network under some decisions; its own return on exit."""
+    before, gated.decide = gated.decide, decide
+    try:
+        yield gated
+    finally:
+        gated.decide = before
+
+
+def gate_settings(task: Task, *, epochs: int, lr: float = LEARNING_RATE, seed: int = 0) -> TrainSettings:
+    """The dense training's recipe, shorter and with a lower peak."""
+    return dataclasses.replace(recipe(task.data, task.network_name, seed=seed, epochs=epochs), lr=lr)
+
+
+def train_gated(
+    gated: GatedNetwork,
+    task: Task,
+    settings: TrainSettings,
+    *,
+    static: bool = True,
+    decide: Decide | None = None,
+    progress: Progress | None = None,
+    checkpoint: Path | None = None,
+    device: str | torch.device = "cpu",
+) -> TrainReport:
+    """Train network, runtime predictors and, if released, static scores by cross-entropy.
+
+    Args:
+        gated: Trained in place; in eval mode afterwards.
+        task: Its training split.
+        settings: Epochs, learning rate and so on.
+        static: Whether the static scores learn; the core paper releases them in its third stage.
+        decide: Decisions that hold during the training; None keeps every channel active.
+        progress: Told about every step.
+        checkpoint: File to write after each epoch, and to go on from.
+        device: Where to train.
+
+    Raises:
+        TrainingDiverged: The loss became NaN or Inf; the last good state is kept.
+    """
+
+    def refresh(state: TrainingState) -> None:
+        if state.step % REFRESH == 0:
+            gated.refresh()
+
+    gated.static.requires_grad_(static)
+    try:
+        with deciding(gated, decide):
+            return train(
+                gated,
+                task.train,
+                settings=settings,
+                hooks=(Hook(after_backward=refresh),) if static else (),
+                progress=progress,
+                checkpoint=checkpoint,
+                device=device,
+            )
+    finally:
+        gated.static.requires_grad_(True)
+
+
+def prepared(
+    task: Task,
+    *,
+    static: str = "vector",
+    epochs: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    root: Path | str | None = None,
+) -> GatedNetwork:
+    """The task's network with trained gates, from the cache or by training them with every channel active.
+
+    Args:
+        task: Whose dense network; it is left as it is.
+        static: Form of the static importance.
+        epochs: Passes over the training split; None takes the data set's own, 0 leaves the gates as attached.
+        seed: Seed of order and augmentation.
+        progress: Told about every step.
+        root: Data root, under which the cache is.
+
+    Raises:
+        ValueError: A network without a layer that can carry a gate, or a corrupt file in the cache.
+        TrainingDiverged: The loss became NaN or Inf.
+    """
+    example = task.example
+    gated = attach(task.network, trace(task.network, example), example, static=static)
+    epochs = GATE_EPOCHS.get(task.data, 1) if epochs is None else epochs
+    if epochs == 0:
+        return gated.eval()
+    settings = gate_settings(task, epochs=epochs, seed=seed)
+    folder = writable_root(None if root is None else Path(root).expanduser()) / "gates"
+    file = folder / f"{task.name.replace(':', '_').replace('/', '_')}-{_digest(task, settings, static)}.safetensors"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(file.with_suffix(".lock")):
+            if not file.exists():
+                checkpoint = file.with_suffix(".checkpoint")
+                train_gated(gated, task, settings, progress=progress, checkpoint=checkpoint)
+                write_tensors(gated.state_dict(), file)
+                checkpoint.unlink()
+    gated.load_state_dict(read_tensors(file))
+    return gated.eval()
+
+
+def _digest(task: Task, settings: TrainSettings, static: str) -> str:
+    """A name for everything that decides the trained gates, the dense weights included."""
+    digest = hashlib.sha256()
+    content = {"version": VERSION, "static": static, "task": dict(task.settings), **dataclasses.asdict(settings)}
+    digest.update(json.dumps(content, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(task.network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
