@@ -48,6 +48,10 @@ class Order:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["runtime"]:
+        from agents import runtime_train
+
+        return guarded(lambda: runtime_train.main(given[1:]))
     return guarded(lambda: _main(given))
 
 

@@ -24,6 +24,9 @@ from prune_env.tasks.task import Task
 SPLITS = ("train", "search")
 """Where episodes may take their images from; the test split is out of reach."""
 
+MOST_IMAGES = 20_000
+"""Images that are kept ready for episodes."""
+
 SCALE_IMAGES = 128
 """Images from which the scale of observations is taken."""
 
@@ -108,7 +111,7 @@ def problem_of(task: Task, gated: GatedNetwork, config: RuntimeConfig, **changes
     """A problem from a gated network and a config; `changes` are further fields of `RuntimeProblem`."""
     split: Split = {"train": task.train, "search": task.search}[config.images]
     gated = gated.to(config.device).to(memory_format=torch.channels_last).eval()
-    images, labels = split.take(len(split))
+    images, labels = split.take(min(len(split), MOST_IMAGES))
     dtype = torch.float32 if task.data == "digits" else torch.bfloat16
     images = prepare_images(images, device=config.device, dtype=dtype)
     return RuntimeProblem(

@@ -1,0 +1,179 @@
+"""The agents of runtime pruning: how they are built, stored without a pickle, and asked for their mean decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sb3_contrib import RecurrentPPO
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from agents.runtime_policy import BudgetPolicy
+from prune_env.envs.runtime_dynamics import IMAGE_FIELDS, Passage, RuntimeProblem
+from prune_env.pruning.gating.layer import Question
+from prune_env.pruning.measure import Budget
+
+RANGE = {"runtime": 100.0, "static": 1e-3}
+"""Weight of the range regulariser, from the official code."""
+
+
+@dataclass(frozen=True)
+class PpoSettings:
+    """PPO as in the core paper's official code, but for learning rate and deviation, which its schedule of weeks fits.
+
+    Attributes:
+        lr: Adam's learning rate (paper: 1e-6).
+        log_std: Logarithm of the deviation that policies start with (paper: -4).
+        epochs: Passes over a rollout (paper: 1).
+        minibatch: Episodes of a minibatch (paper: 64).
+    """
+
+    lr: float = 3e-4
+    log_std: float = -3.0
+    epochs: int = 4
+    minibatch: int = 64
+
+
+def make_agent(kind: str, view: VecEnv, layers: int, settings: PpoSettings, seed: int) -> RecurrentPPO:
+    """A fresh agent for one of the two views.
+
+    Args:
+        kind: `runtime` or `static`.
+        view: Its vector env; one rollout is one episode of each.
+        layers: Steps of an episode.
+        settings: Of PPO.
+        seed: Of its initial weights and its noise.
+    """
+    episodes = min(settings.minibatch, view.num_envs)
+    return RecurrentPPO(
+        BudgetPolicy,
+        view,
+        learning_rate=settings.lr,
+        n_steps=layers,
+        batch_size=layers * episodes,
+        n_epochs=settings.epochs,
+        gamma=0.999,
+        gae_lambda=0.95,
+        clip_range=0.2,
+        clip_range_vf=0.2,
+        normalize_advantage=True,
+        ent_coef=RANGE[kind],
+        vf_coef=0.5,
+        max_grad_norm=0.5,
+        policy_kwargs={"log_std_init": settings.log_std},
+        seed=seed,
+        device="cpu",
+    )
+
+
+def tensors_of(agent: RecurrentPPO) -> dict[str, Tensor]:
+    """Weights and optimiser state of an agent."""
+    tensors = {f"policy/{name}": value.detach().clone() for name, value in agent.policy.state_dict().items()}
+    for at, values in agent.policy.optimizer.state_dict()["state"].items():
+        tensors |= {f"adam/{at}/{name}": torch.as_tensor(value).clone() for name, value in values.items()}
+    return tensors
+
+
+def restore(agent: RecurrentPPO, tensors: Mapping[str, Tensor]) -> None:
+    """Bring an agent to the state that `tensors_of` read.
+
+    Raises:
+        ValueError: The tensors belong to another agent.
+    """
+    policy = {name.removeprefix("policy/"): value for name, value in tensors.items() if name.startswith("policy/")}
+    try:
+        agent.policy.load_state_dict(policy)
+        state = agent.policy.optimizer.state_dict()
+        state["state"] = {}
+        for name, value in tensors.items():
+            if name.startswith("adam/"):
+                _, at, key = name.split("/")
+                state["state"].setdefault(int(at), {})[key] = value.clone()
+        agent.policy.optimizer.load_state_dict(state)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"the stored agent does not fit: {str(error).splitlines()[0]}") from None
+
+
+class MeanActions:
+    """An agent's mean actions, with its memory of the layers before.
+
+    Args:
+        agent: Whose.
+        episodes: Batches that walk side by side, each with a memory of its own.
+    """
+
+    def __init__(self, agent: RecurrentPPO) -> None:
+        self.policy = agent.policy
+        self._states: dict[int, Any] = {}
+
+    def __call__(self, at: int, seen: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Actions `[images, 1]` of batch `at`; position 0 starts it anew."""
+        starts = np.full(len(seen["position"]), float(seen["position"][0, 0]) == 0.0)
+        state = None if starts[0] else self._states[at]
+        self.policy.set_training_mode(False)
+        actions, self._states[at] = self.policy.predict(
+            dict(seen), state=state, episode_start=starts, deterministic=True
+        )
+        return np.asarray(actions, dtype=np.float64)
+
+
+class AgentDecisions:
+    """The agents' mean decisions as answers to a gated network's questions, for any batch.
+
+    Args:
+        problem: With the static shares, unless the runtime is trusted alone.
+        agent: The runtime agent; None keeps the even share.
+        budget: What the agent is told; None is the problem's own.
+        offset: Added to every share, to meet a budget exactly.
+    """
+
+    def __init__(
+        self,
+        problem: RuntimeProblem,
+        agent: RecurrentPPO | None,
+        *,
+        budget: int | float | Budget | None = None,
+        offset: float = 0.0,
+    ) -> None:
+        self.problem, self.offset = problem, offset
+        self.budget = problem.budget_of(problem.value if budget is None else budget)
+        self._act = None if agent is None else MeanActions(agent)
+        self.passage: Passage | None = None
+
+    def __call__(self, question: Question) -> Tensor:
+        """The active channels."""
+        size = len(question.runtime)
+        if question.index == 0:
+            self.passage = Passage(self.problem, self.budget, size)
+        assert self.passage is not None
+        keep = np.full(size, self.problem.even_keep(self.budget) + self.offset)
+        if self._act is not None:
+            keep = keep + self._act(0, self.passage.observe(question))[:, 0]
+        return self.passage.decide(question, keep, self.problem.even_keep(self.budget))
+
+
+def static_keeps(agent: RecurrentPPO | None, problem: RuntimeProblem, budget: Budget) -> tuple[float, ...]:
+    """The static agent's decisions: one call per layer, the same for all inputs; the agent can be dropped then.
+
+    Args:
+        agent: The static agent; None keeps the even share.
+        problem: What is decided.
+        budget: What the agent is told.
+    """
+    even = problem.even_keep(budget)
+    if agent is None:
+        return (even,) * len(problem.channels)
+    act, passage = MeanActions(agent), Passage(problem, budget, 1)
+    scores, keeps = problem.gated.static.scores(), []
+    for at, (name, static) in enumerate(zip(problem.gated.names, scores, strict=True)):
+        nothing = torch.zeros(1, problem.inputs[at]), torch.zeros(1, len(static))
+        question = Question(name, at, *nothing, static.detach())
+        seen = {n: value for n, value in passage.observe(question).items() if n not in IMAGE_FIELDS}
+        keep = float(np.clip(even + act(0, seen)[0, 0], problem.min_keep, 1.0))
+        passage.decide(question, np.array([1.0]), keep)
+        keeps.append(keep)
+    return tuple(keeps)

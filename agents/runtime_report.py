@@ -1,0 +1,115 @@
+"""The report of a runtime run: learned decisions beside fixed ones on the same network, at one budget of mean macs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.record import write
+from agents.runtime_stages import RuntimeLearner, Tell
+from prune_env.pruning.gating.fixed import FixedDecisions
+from prune_env.pruning.gating.layer import Decide
+from prune_env.pruning.gating.measurement import RuntimeMeasurement, measure_runtime
+from prune_env.pruning.gating.tradeoff import decide_static
+from prune_env.pruning.gating.walk import everything
+from prune_env.tasks.images import Split
+from prune_env.tasks.task import Task
+
+BATCH = 128
+HALVINGS = 8
+"""Steps of the bisection that moves all shares until the mean macs on the search split meet the budget."""
+
+
+class RuntimeReporter:
+    """Measures the finished network under several decisions.
+
+    Args:
+        task: Has the test split, read once per row.
+        learner: The trained network and agents.
+        folder: Where `report.json` goes.
+        tell: Told what is under way.
+    """
+
+    def __init__(self, task: Task, learner: RuntimeLearner, folder: Path, tell: Tell) -> None:
+        self.task, self.learner, self.folder, self.tell = task, learner, folder, tell
+        self.statics = learner.statics()
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """All rows, also written as `report.json`; a row that is there is not measured again.
+
+        `dense` is the network with every channel active, `learned` the agents' mean decisions, `mean` gives every image
+        the learned mean share of each layer, `even` the same share in all layers. All but the first are moved by one
+        number, found on the search split, to meet the budget in the mean.
+        """
+        path = self.folder / "report.json"
+        rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        learner, trust = self.learner, self.learner.config.runtime_trust
+        kept = self.kept()
+        if "dense" not in rows:
+            rows["dense"] = self._row(everything, None, {})
+            write(path, json.dumps(rows, indent=2))
+        if "learned" not in rows:
+            offset = self._offset(lambda value: learner.decisions(offset=value), kept)
+            decisions = learner.decisions(offset=offset)
+            row = self._row(decisions, kept, {"offset": offset})
+            shares = self._shares(decisions)
+            row |= {"runtime_keep_mean": shares.mean(1).tolist(), "runtime_keep_spread": shares.std(1).tolist()}
+            rows["learned"] = row | {"static_keep": list(self.statics or ()), "kept": kept.tolist()}
+            write(path, json.dumps(rows, indent=2))
+        means = np.array(rows["learned"]["runtime_keep_mean"])
+        even = np.full(len(means), learner.problem.even_keep(learner.budget))
+        for name, keeps in (("mean", means), ("even", even)):
+            if name not in rows:
+
+                def fixed(value: float, keeps: np.ndarray = keeps) -> FixedDecisions:
+                    moved = np.clip(keeps + value, learner.problem.min_keep, 1.0)
+                    return FixedDecisions(moved.tolist(), self.statics, trust=trust)
+
+                offset = self._offset(fixed, kept)
+                rows[name] = self._row(fixed(offset), kept, {"offset": offset})
+                write(path, json.dumps(rows, indent=2))
+        return rows
+
+    def kept(self) -> np.ndarray:
+        """`[layers]` channels that are stored."""
+        problem = self.learner.problem
+        if self.statics is None:
+            return problem.channels
+        scores = [score.detach() for score in problem.gated.static.scores()]
+        decisions = [
+            decide_static(score, keep, problem.trust) for score, keep in zip(scores, self.statics, strict=True)
+        ]
+        return np.array([len(decision.kept) for decision in decisions], dtype=np.int64)
+
+    def _row(self, decide: Decide, kept: np.ndarray | None, facts: dict[str, Any]) -> dict[str, Any]:
+        search, test = (self._measure(split, decide, kept) for split in (self.task.search, self.task.test))
+        return {"search": search.row(), "test": test.row(), **facts}
+
+    def _measure(self, split: Split, decide: Decide, kept: np.ndarray | None) -> RuntimeMeasurement:
+        problem = self.learner.problem
+        return measure_runtime(problem.gated, decide, split.batches(BATCH), kept=kept, dtype=problem.dtype)
+
+    def _offset(self, make: Callable[[float], Decide], kept: np.ndarray) -> float:
+        """The number that, added to every share, brings the mean macs on the search split to the budget."""
+        if self.learner.config.runtime_trust == 0:
+            return 0.0  # nothing is left to the runtime decision
+        limit, low, high = self.learner.budget.limit, -0.5, 0.5
+        for step in range(HALVINGS):
+            self.tell(step, HALVINGS, "meeting the budget")
+            middle = (low + high) / 2
+            over = self._measure(self.task.search, make(middle), kept).macs.mean() > limit
+            low, high = (low, middle) if over else (middle, high)
+        return low
+
+    def _shares(self, decide: Any) -> np.ndarray:
+        """`[layers, images]` shares that the learned decisions ask for on the search split."""
+        shares: list[np.ndarray] = []
+        problem = self.learner.problem
+        for images, labels in self.task.search.batches(BATCH):
+            measure_runtime(problem.gated, decide, [(images, labels)], dtype=problem.dtype)
+            shares.append(np.stack(decide.passage.keeps))
+        return np.concatenate(shares, axis=1)

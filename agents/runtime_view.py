@@ -1,0 +1,146 @@
+"""The runtime environment as Stable-Baselines3 sees it: one vector env for the runtime agent, one for the static one.
+
+Both agents act relative to the even share, as the core paper's do: share = even + action, so that a policy whose mean
+starts at zero starts at the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+
+from prune_env.envs.runtime_dynamics import IMAGE_FIELDS
+from prune_env.envs.runtime_pruning import RuntimePruningVectorEnv
+
+Observation = dict[str, np.ndarray]
+
+
+class _View(VecEnv):
+    """What both views share: actions wait for `step_wait`, and all sub-environments are one object."""
+
+    def __init__(self, count: int, fields: dict[str, spaces.Space]) -> None:
+        self.render_mode = None
+        super().__init__(count, spaces.Dict(fields), spaces.Box(-1.0, 1.0, (1,), np.float32))
+        self._actions = np.zeros((count, 1), dtype=np.float32)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Remember the actions."""
+        self._actions = np.asarray(actions, dtype=np.float64)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """The attribute, once for each sub-environment."""
+        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Set the attribute; there is one for all."""
+        setattr(self, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """Call the method once; its answer for each sub-environment."""
+        return [getattr(self, method_name)(*args, **kwargs)] * len(list(self._get_indices(indices)))
+
+    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
+        """Never."""
+        return [False] * len(list(self._get_indices(indices)))
+
+    def _first_seed(self) -> int | None:
+        """The seed that `seed()` left for the next reset."""
+        seed = self._seeds[0]
+        self._reset_seeds()
+        return seed
+
+
+class RuntimeView(_View):
+    """Every image is an episode of the runtime agent; the static shares are decided already.
+
+    Args:
+        env: Its problem should hold `static_keeps` unless the runtime is trusted alone.
+
+    Rewards are the terms `accuracy` and `macs`: what is stored is not this agent's doing.
+    """
+
+    def __init__(self, env: RuntimePruningVectorEnv) -> None:
+        self.env = env
+        super().__init__(env.num_envs, dict(env.single_observation_space.items()))
+
+    def reset(self) -> Observation:
+        """First observations of a new batch."""
+        self._seen, _ = self.env.reset(seed=self._first_seed())
+        return self._seen
+
+    def step_wait(self) -> tuple[Observation, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Take the step that was asked for."""
+        keeps = np.clip(self._seen["even"] + self._actions, 0.0, 1.0)
+        self._seen, _, over, _, infos = self.env.step(np.concatenate([keeps, self._seen["even"]], axis=1))
+        if not over.any():
+            return self._seen, np.zeros(self.num_envs, dtype=np.float32), over, [{} for _ in range(self.num_envs)]
+        final = infos["final_info"]
+        rewards = (final["reward/accuracy"] + final["reward/macs"]).astype(np.float32)
+        told = [
+            {
+                "terminal_observation": infos["final_obs"][at],
+                "episode": {"r": float(rewards[at]), "l": len(self.env.problem.channels), "t": 0.0},
+                "macs": float(final["macs"][at]),
+                "correct": bool(final["correct"][at]),
+            }
+            for at in range(self.num_envs)
+        ]
+        return self._seen, rewards, over, told
+
+
+class StaticView(_View):
+    """Every batch of images is an episode of the static agent, which never sees them.
+
+    Args:
+        envs: One per parallel episode.
+        act: The runtime agent: observations of a batch -> its actions, `[images, 1]`; a new batch is announced by
+            `position` 0. None keeps the even share.
+
+    Rewards are the terms `accuracy` (mean over the batch) and `params`.
+    """
+
+    def __init__(
+        self, envs: Sequence[RuntimePruningVectorEnv], act: Callable[[int, Observation], np.ndarray] | None
+    ) -> None:
+        self.envs, self.act = tuple(envs), act
+        fields = {n: s for n, s in envs[0].single_observation_space.items() if n not in IMAGE_FIELDS}
+        super().__init__(len(self.envs), fields)
+
+    def reset(self) -> Observation:
+        """First observations of new batches."""
+        seed = self._first_seed()
+        seeds = [None if seed is None else seed + at for at in range(len(self.envs))]
+        self._seen = [env.reset(seed=seeds[at])[0] for at, env in enumerate(self.envs)]
+        return self._visible()
+
+    def step_wait(self) -> tuple[Observation, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """Take the step that was asked for."""
+        rewards, told = np.zeros(self.num_envs, dtype=np.float32), []
+        overs = np.zeros(self.num_envs, dtype=bool)
+        for at, env in enumerate(self.envs):
+            seen = self._seen[at]
+            runtime = np.zeros((env.num_envs, 1)) if self.act is None else self.act(at, seen)
+            static = np.clip(seen["even"] + self._actions[at], 0.0, 1.0)
+            keeps = np.clip(seen["even"] + runtime, 0.0, 1.0)
+            self._seen[at], _, over, _, infos = env.step(np.concatenate([keeps, static], axis=1))
+            overs[at] = over[0]
+            if not over[0]:
+                told.append({})
+                continue
+            final = infos["final_info"]
+            rewards[at] = final["reward/accuracy"].mean() + final["reward/params"][0]
+            last = {name: value for name, value in infos["final_obs"][0].items() if name not in IMAGE_FIELDS}
+            episode = {"r": float(rewards[at]), "l": len(env.problem.channels), "t": 0.0}
+            told.append({"terminal_observation": last, "episode": episode, "params": float(final["params"][0])})
+        return self._visible(), rewards, overs, told
+
+    def _visible(self) -> Observation:
+        names = self.observation_space.spaces
+        return {name: np.stack([seen[name][0] for seen in self._seen]) for name in names}
