@@ -6,10 +6,12 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tyro
+from rich.console import Console
+from rich.progress import Progress
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -38,6 +40,18 @@ def guarded(command: Callable[[], int]) -> int:
         line = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"error: {line}\n")
         return BAD_INPUT
+
+
+@contextlib.contextmanager
+def stages(console: Console) -> Iterator[Callable[..., None]]:
+    """A bar for whatever is under way, told as (done, total, what)."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        line = progress.add_task("preparing", total=None)
+
+        def tell(done: int, total: int, what: str = "training") -> None:
+            progress.update(line, completed=done, total=total, description=what)
+
+        yield tell
 
 
 def _one_line(text: str) -> str:

@@ -32,8 +32,8 @@ class PpoSettings:
         minibatch: Episodes of a minibatch (paper: 64).
     """
 
-    lr: float = 3e-4
-    log_std: float = -3.0
+    lr: float = 1e-3
+    log_std: float = -2.3
     epochs: int = 4
     minibatch: int = 64
 

@@ -35,7 +35,7 @@ class Schedule:
 
 
 SCHEDULES = {
-    "digits": Schedule(gates=4, scores=4, rounds=4, rollouts=40, network=4, final=12),
+    "digits": Schedule(gates=4, scores=4, rounds=4, rollouts=150, network=4, final=12),
     "hour": Schedule(gates=1, scores=1, rounds=4, rollouts=100, network=1, final=3),
     # Section 4.1 and the official code: 32 rounds of 4 epochs of both agents (352 rollouts an epoch on CIFAR-10) and 2
     # of the network. How long stages b and c last is not published; the one long training that the code inserts at
@@ -77,6 +77,8 @@ class RuntimeTrainConfig:
     """In place of the budget: the share which, kept in every layer, costs the budget (the paper's "sparsity")."""
     runtime_trust: float = 0.5
     """Trust in the runtime decision: 1 is runtime pruning alone, 0 static pruning alone."""
+    budget_per: str = "mean"
+    """Whom the reward holds to the budget: the mean over images (a price on macs), or each image (the paper's)."""
     static_importance: str = "vector"
     """Trained static importance: vector or filters."""
     schedule: str | None = None
@@ -99,6 +101,8 @@ class RuntimeTrainConfig:
     def __post_init__(self) -> None:
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise ValueError(unknown("schedule", self.schedule, SCHEDULES))
+        if self.budget_per not in ("mean", "image"):
+            raise ValueError(unknown("budget_per", self.budget_per, ("mean", "image")))
         if self.keep is not None and not (isinstance(self.keep, int | float) and 0 < self.keep <= 1):
             raise ValueError(f"keep is {self.keep!r}; a share in (0, 1] is allowed")
         if not 0 <= self.budget_spread < 1:

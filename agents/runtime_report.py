@@ -16,6 +16,7 @@ from prune_env.pruning.gating.layer import Decide
 from prune_env.pruning.gating.measurement import RuntimeMeasurement, measure_runtime
 from prune_env.pruning.gating.tradeoff import decide_static
 from prune_env.pruning.gating.walk import everything
+from prune_env.pruning.measure import Meter
 from prune_env.tasks.images import Split
 from prune_env.tasks.task import Task
 
@@ -41,16 +42,19 @@ class RuntimeReporter:
     def rows(self) -> dict[str, dict[str, Any]]:
         """All rows, also written as `report.json`; a row that is there is not measured again.
 
-        `dense` is the network with every channel active, `learned` the agents' mean decisions, `mean` gives every image
-        the learned mean share of each layer, `even` the same share in all layers. All but the first are moved by one
-        number, found on the search split, to meet the budget in the mean.
+        `dense` is the network that the run began with, `open` the trained one with every channel active, `learned` the
+        agents' mean decisions, `mean` gives every image the learned mean share of each layer, `even` the same share in
+        all layers. The last three are moved by one number, found on the search split, to meet the budget in the mean.
         """
         path = self.folder / "report.json"
         rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
         learner, trust = self.learner, self.learner.config.runtime_trust
         kept = self.kept()
         if "dense" not in rows:
-            rows["dense"] = self._row(everything, None, {})
+            rows["dense"] = {"search": self._dense(self.task.search), "test": self._dense(self.task.test)}
+            write(path, json.dumps(rows, indent=2))
+        if "open" not in rows:
+            rows["open"] = self._row(everything, None, {})
             write(path, json.dumps(rows, indent=2))
         if "learned" not in rows:
             offset = self._offset(lambda value: learner.decisions(offset=value), kept)
@@ -88,6 +92,16 @@ class RuntimeReporter:
     def _row(self, decide: Decide, kept: np.ndarray | None, facts: dict[str, Any]) -> dict[str, Any]:
         search, test = (self._measure(split, decide, kept) for split in (self.task.search, self.task.test))
         return {"search": search.row(), "test": test.row(), **facts}
+
+    def _dense(self, split: Split) -> dict[str, Any]:
+        """The row of the network that the run began with: every image costs the same."""
+        problem = self.learner.problem
+        forms = problem.accounting
+        images, labels = split.take(len(split))
+        accuracy, loss = Meter(images, labels, dtype=problem.dtype).accuracy_and_loss(self.task.network)
+        macs = np.full(len(labels), forms.dense_macs)
+        sizes = int(forms.dense_macs), int(forms.dense_params)
+        return RuntimeMeasurement(accuracy, loss, macs, sizes[1], *sizes).row()
 
     def _measure(self, split: Split, decide: Decide, kept: np.ndarray | None) -> RuntimeMeasurement:
         problem = self.learner.problem

@@ -30,6 +30,9 @@ from prune_env.runtime_config import SCALE_IMAGES, problem_of
 from prune_env.tasks.task import Task
 
 VERSION = 1
+PRICE = 1.0
+"""Price of the dense network's macs that the runtime agent starts with, in mean losses."""
+
 Tell = Callable[[int, int, str], None]
 
 
@@ -88,6 +91,7 @@ class RuntimeLearner:
         views = self._views(self.problem, None)
         self.runtime = make_agent("runtime", views[0], layers, settings, config.seed) if trust > 0 else None
         self.static = make_agent("static", views[1], layers, settings, config.seed + 1) if trust < 1 else None
+        self.price: float | None = PRICE if config.budget_per == "mean" else None
         self.done = 0
         self.history: list[dict[str, Any]] = []
 
@@ -105,7 +109,8 @@ class RuntimeLearner:
         fixed = dataclasses.replace(problem, static_keeps=statics)
         act = None if getattr(self, "runtime", None) is None else MeanActions(self.runtime)
         split = [RuntimePruningVectorEnv(problem, num_envs=size // parts) for _ in range(parts)]
-        return RuntimeView(RuntimePruningVectorEnv(fixed, num_envs=size)), StaticView(split, act)
+        price = getattr(self, "price", None)
+        return RuntimeView(RuntimePruningVectorEnv(fixed, num_envs=size), price=price), StaticView(split, act)
 
     def statics(self, budget: Budget | None = None) -> tuple[float, ...] | None:
         """The static shares as the static agent stands; None where the runtime is trusted alone."""
@@ -171,6 +176,8 @@ class RuntimeLearner:
             watch = _Watch(lambda done, kind=kind: tell(done, stage.amount, f"{kind} agent, round {stage.round}"))
             steps = len(self.problem.channels) * view.num_envs
             agent.learn(steps * stage.amount, callback=watch, log_interval=10**9)
+            if kind == "runtime" and self.price is not None:
+                self.price = figures["price"] = float(runtime_view.price)
             figures |= {f"{kind}_reward_first": watch.rewards[0], f"{kind}_reward": float(np.mean(watch.rewards[-10:]))}
         return figures
 
@@ -187,7 +194,7 @@ class RuntimeLearner:
             tensors |= {f"{kind}/{name}": value for name, value in tensors_of(agent).items()}
         for name in ("pooled", "runtime", "static"):
             tensors[f"scale/{name}"] = torch.from_numpy(getattr(self.problem.scale, name))
-        header = json.dumps({"version": VERSION, "done": self.done, "history": self.history})
+        header = json.dumps({"version": VERSION, "done": self.done, "price": self.price, "history": self.history})
         whole = {name: value.contiguous() for name, value in tensors.items()}
         write(self.folder / "checkpoint.safetensors", to_bytes(whole, {"state": header}))
 
@@ -212,6 +219,7 @@ class RuntimeLearner:
                 restore(agent, parts[kind])
             scale = Scale(**{name: value.numpy() for name, value in parts["scale"].items()})
             self.problem = dataclasses.replace(self.problem, scale=scale)
+            self.price = state["price"]
             self.done, self.history = int(state["done"]), list(state["history"])
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is corrupt: {str(error).splitlines()[0]}") from None

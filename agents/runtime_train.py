@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from agents.cli import INTERRUPTED, parse
+from agents.cli import INTERRUPTED, parse, stages
 from agents.record import refuse_existing, sweep, write
 from agents.runtime_options import RuntimeTrainConfig
 from agents.runtime_report import RuntimeReporter
@@ -88,8 +88,6 @@ def _run(config: RuntimeTrainConfig, path: Path, console: Console) -> dict[str, 
     Raises:
         ValueError: Bad input; nothing is left behind if the run had not begun.
     """
-    from agents.train import stages  # imported here: that module starts this one
-
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     config = replace(config, threads=config.threads or torch.get_num_threads())

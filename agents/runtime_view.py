@@ -60,14 +60,20 @@ class _View(VecEnv):
 class RuntimeView(_View):
     """Every image is an episode of the runtime agent; the static shares are decided already.
 
+    Rewards are the terms `accuracy` and `macs`: what is stored is not this agent's doing. With a price, `macs` is
+    replaced by `-price (B - Bbar)`, and the price follows the mean of the batch: dual ascent on a budget that holds in
+    the mean over images, so that easy ones may pay for hard ones. The paper's term holds each image to the budget.
+
     Args:
         env: Its problem should hold `static_keeps` unless the runtime is trusted alone.
-
-    Rewards are the terms `accuracy` and `macs`: what is stored is not this agent's doing.
+        price: Price of the dense network's macs to begin with; None takes the paper's term.
     """
 
-    def __init__(self, env: RuntimePruningVectorEnv) -> None:
-        self.env = env
+    RATE = 2.0
+    """Change of the price for a batch that misses its budget by all of the dense macs."""
+
+    def __init__(self, env: RuntimePruningVectorEnv, *, price: float | None = None) -> None:
+        self.env, self.price = env, price
         super().__init__(env.num_envs, dict(env.single_observation_space.items()))
 
     def reset(self) -> Observation:
@@ -82,7 +88,7 @@ class RuntimeView(_View):
         if not over.any():
             return self._seen, np.zeros(self.num_envs, dtype=np.float32), over, [{} for _ in range(self.num_envs)]
         final = infos["final_info"]
-        rewards = (final["reward/accuracy"] + final["reward/macs"]).astype(np.float32)
+        rewards = (final["reward/accuracy"] + self._macs(final)).astype(np.float32)
         told = [
             {
                 "terminal_observation": infos["final_obs"][at],
@@ -93,6 +99,15 @@ class RuntimeView(_View):
             for at in range(self.num_envs)
         ]
         return self._seen, rewards, over, told
+
+    def _macs(self, final: dict[str, np.ndarray]) -> np.ndarray:
+        """The reward for what each image cost."""
+        if self.price is None:
+            return final["reward/macs"]
+        over = final["macs"] - final["budget"]
+        paid = -self.price * over
+        self.price = max(0.0, self.price + self.RATE * float(over.mean()))
+        return paid
 
 
 class StaticView(_View):

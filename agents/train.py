@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +13,12 @@ from typing import Annotated, Any
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from agents import plot
 from agents.callbacks import Bar, TensorBoard
-from agents.cli import INTERRUPTED, guarded, parse
+from agents.cli import INTERRUPTED, guarded, parse, stages
 from agents.config import DEMONSTRATION, TrainConfig
 from agents.record import RunFolder, refuse_existing, sweep, write
 from agents.report import FINE_TUNED, Reporter, Row, table, uniform_plan
@@ -175,18 +173,6 @@ def problem_of(task: Task, config: TrainConfig) -> Problem:
     env = config.env()
     calibration, search_split = task.calibration(env.calibration_images), task.search.take(len(task.search))
     return build(Material(task.name, task.network, calibration, search_split, task.dense), env)
-
-
-@contextmanager
-def stages(console: Console) -> Iterator[Callable[..., None]]:
-    """A bar for whatever is under way, told as (done, total, what)."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        line = progress.add_task("preparing", total=None)
-
-        def tell(done: int, total: int, what: str = "training") -> None:
-            progress.update(line, completed=done, total=total, description=what)
-
-        yield tell
 
 
 if __name__ == "__main__":
