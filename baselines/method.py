@@ -19,7 +19,7 @@ from torch import nn
 
 from baselines.allocate import Choices, Counts, uniform
 from prune_env.envs.dynamics import Problem
-from prune_env.pruning.measure import Budget, Measurement, Meter
+from prune_env.pruning.measure import Budget, Measurement, Meter, number_format
 from prune_env.pruning.plan import Plan
 from prune_env.tasks.task import Task
 
@@ -156,7 +156,8 @@ class Result:
         """Measured on the test split: read on first access, once."""
         images, labels = self._task.test.take(len(self._task.test))
         device = next(self.network.parameters()).device
-        accuracy, loss = Meter(images, labels, device=str(device)).accuracy_and_loss(self.network)
+        meter = Meter(images, labels, dtype=number_format(self.network), device=str(device))
+        accuracy, loss = meter.accuracy_and_loss(self.network)
         return replace(self.search, accuracy=accuracy, loss=loss)
 
 

@@ -23,7 +23,7 @@ from prune_env.pruning import importance as importances
 from prune_env.pruning import tracing
 from prune_env.pruning.evaluator import Evaluator
 from prune_env.pruning.importance import IMPORTANCES
-from prune_env.pruning.measure import Measurement, Meter, count_macs, count_params
+from prune_env.pruning.measure import Measurement, Meter, count_macs, count_params, number_format
 from prune_env.pruning.moments import REFITS, Moments
 from prune_env.pruning.runtime import PooledActivation
 from prune_env.tasks import task as tasks
@@ -177,7 +177,7 @@ def make_task(name: str, **options: Any) -> Task:
         ValueError: An unknown name, weights that do not fit, or a network whose outputs are not finite.
     """
     task = tasks.make_task(name, **options)
-    meter = Meter(*_everything(task.search))
+    meter = Meter(*_everything(task.search), dtype=number_format(task.network))
     return dataclasses.replace(task, dense=_dense(task.network, meter, example=task.example, name=task.name))
 
 
@@ -280,7 +280,7 @@ def build(material: Material, config: EnvConfig) -> Problem:
     # Here already, because what follows takes long on a large network.
     values = (config.budget, *(config.budget_range or ()))
     check_budgets(graph, steps, allowed, resource=config.budget_resource, values=values)
-    meter = Meter(*material.search, device=config.device)
+    meter = Meter(*material.search, dtype=number_format(network), device=config.device)
     dense = material.dense or _dense(network, meter, example=images[:1], name=material.name)
     moments = Moments.collect(network, graph, images)
     seed = config.task.seed
