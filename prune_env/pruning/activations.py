@@ -13,6 +13,8 @@ from prune_env.pruning.graph import Group
 
 Observer = Callable[[str, nn.Module, Tensor], None]
 """Called with the module's name, the module and the tensor it is about to read."""
+Level = Callable[[Tensor, nn.Module], Tensor]
+"""(what a module reads, the module) -> `[sample, position, channel]`, what each channel amounts to."""
 
 
 @contextmanager
@@ -59,10 +61,20 @@ def channels_last(x: Tensor, module: nn.Module) -> Float[Tensor, "sample positio
     return x.flatten(2).transpose(1, 2)
 
 
+def magnitude(x: Tensor, module: nn.Module) -> Float[Tensor, "sample position channel"]:
+    """Absolute values."""
+    return channels_last(x, module).abs().float()
+
+
 def pooled(
-    network: nn.Module, groups: Sequence[Group], images: Float[Tensor, "sample ..."], *, batch_size: int = 100
+    network: nn.Module,
+    groups: Sequence[Group],
+    images: Float[Tensor, "sample ..."],
+    *,
+    batch_size: int = 100,
+    level: Level = magnitude,
 ) -> dict[str, Float[Tensor, "sample channel"]]:
-    """Per image, the mean absolute value of what the consumers of each group read, by channel.
+    """Per image, the mean level (absolute value) of what the consumers of each group read, by channel.
 
     The mean is over the positions of a map, the positions of a channel, and the consumers; it is zero for a channel
     that no watched module reads.
@@ -72,14 +84,15 @@ def pooled(
         groups: Its groups.
         images: Normalised images.
         batch_size: Images that run at once.
+        level: What is averaged.
     """
     read: dict[str, list[Tensor]] = {slot.module: [] for group in groups for slot in group.consumers}
     size = 0
 
     def observe(name: str, module: nn.Module, x: Tensor) -> None:
         # Windows and tokens may be folded into the batch axis; they count as positions.
-        level = channels_last(x, module).abs().float()
-        read[name].append(level.reshape(size, -1, level.shape[-1]).mean(1).cpu())
+        levels = level(x, module)
+        read[name].append(levels.reshape(size, -1, levels.shape[-1]).mean(1).cpu())
 
     total: dict[str, list[Tensor]] = {group.name: [] for group in groups}
     with watching(network, read, observe), torch.no_grad():

@@ -15,7 +15,7 @@ from prune_env.pruning.measure import Measurement, Meter, prepare_images
 from prune_env.pruning.moments import REFITS, Moments
 from prune_env.pruning.plan import Plan
 from prune_env.pruning.sequential import sequential_refit
-from prune_env.pruning.surgery import cut
+from prune_env.pruning.surgery import Cutter
 
 CACHE_SIZE = 4096
 """Measurements remembered; the plan measured longest ago is forgotten first."""
@@ -39,6 +39,7 @@ class Evaluator:
         device: Where networks are cut and measured.
 
     Attributes:
+        calibration: The normalised training images, on `device`.
         evaluations: Plans that were really cut and measured, not taken from the cache.
 
     Raises:
@@ -63,12 +64,13 @@ class Evaluator:
             raise ValueError("refit='moments' needs the second moments of the dense network (moments=)")
         self.network = network
         self.graph = graph
+        self._cutter = Cutter(network, graph)
         self.meter = meter
         self.moments = moments
         self.refit = refit
         self.recalibrate = recalibrate
         self.evaluations = 0
-        self._calibration = calibration.to(device)
+        self.calibration = calibration.to(device)
         self._prepared = prepare_images(calibration, device=device, dtype=meter.dtype)
         self._measured: OrderedDict[Key, Measurement] = OrderedDict()
 
@@ -82,7 +84,7 @@ class Evaluator:
         Raises:
             ValueError: The plan does not fit the graph.
         """
-        small = cut(self.network, self.graph, plan).eval().to(memory_format=torch.channels_last)
+        small = self._cutter.cut(plan).eval().to(memory_format=torch.channels_last)
         if any(self._key(plan)):
             (repair or self._refit)(small, plan)
             if self.recalibrate:
@@ -93,7 +95,7 @@ class Evaluator:
         if self.refit == "moments" and self.moments is not None:
             self.moments.refit(self.network, small, self.graph, plan)
         elif self.refit == "sequential":
-            sequential_refit(self.network, small, self.graph, plan, self._calibration)
+            sequential_refit(self.network, small, self.graph, plan, self.calibration)
 
     def measure(self, plan: Plan) -> Measurement:
         """Accuracy and loss of the realised plan, its macs and params by closed form; remembered by plan.

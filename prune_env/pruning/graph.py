@@ -38,6 +38,11 @@ class Slot:
     unit: np.ndarray
     dim: int = 0
 
+    @cached_property
+    def aligned(self) -> bool:
+        """Whether position i belongs to channel i: no flatten, concatenation or grouping on the way."""
+        return np.array_equal(self.index, self.unit) and np.array_equal(self.unit, np.arange(len(self.unit)))
+
     def positions(self, kept: np.ndarray) -> np.ndarray:
         """Positions along the axis that belong to the kept channels (bool mask over the group's channels)."""
         return self.index[kept[self.unit]]

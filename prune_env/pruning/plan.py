@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from prune_env.pruning.graph import LayerGraph
+
+NO_INDICES = (str, int, float, type(None))
+"""What people hand over in the place of a collection of indices."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,14 @@ class Plan:
             if group.name not in scores:
                 raise ValueError(f"scores has no entry for group {group.name!r}")
             score = np.asarray(scores[group.name], dtype=np.float64)
-            if score.shape != (group.channels,) or np.isnan(score).any():
+            order = (-score).argsort(kind="stable") if score.shape == (group.channels,) else None
+            if order is None or math.isnan(score[order[-1]]):  # NaN is sorted last
                 raise ValueError(
                     f"scores[{group.name!r}] must be {group.channels} numbers without NaN, not shape {score.shape}"
                 )
-            order = np.argsort(-score, kind="stable")
-            keep[group.name] = tuple(sorted(order[: int(count)].tolist()))
+            kept = order[: int(count)]
+            kept.sort()
+            keep[group.name] = kept.tolist()
         return cls(keep)
 
     def check(self, graph: LayerGraph) -> None:
@@ -106,11 +112,14 @@ class Plan:
 
 def _indices(name: str, kept: Any) -> tuple[int, ...]:
     """Sorted indices, or a ValueError that says what is wrong with them."""
-    values = list(kept) if not isinstance(kept, str | int | float) and kept is not None else None
+    values = list(kept) if not isinstance(kept, NO_INDICES) else None
     if not values:
         raise ValueError(f"keep[{name!r}] is {kept!r}; at least one channel index is needed")
-    if any(isinstance(v, bool) or not isinstance(v, int | np.integer) or v < 0 for v in values):
+    # What episodes hand over are plain integers: one pass over the types tells.
+    plain = set(map(type, values)) == {int}
+    whole = plain or all(isinstance(v, int | np.integer) and not isinstance(v, bool) for v in values)
+    if not whole or min(values) < 0:
         raise ValueError(f"keep[{name!r}] must hold whole channel indices from 0 on, not {values[:8]}")
     if len(set(values)) != len(values):
         raise ValueError(f"keep[{name!r}] names a channel twice")
-    return tuple(sorted(int(v) for v in values))
+    return tuple(sorted(values if plain else map(int, values)))

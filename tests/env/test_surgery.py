@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.measure import count_macs, count_params
 from prune_env.pruning.plan import Plan
-from prune_env.pruning.surgery import cut, masked
+from prune_env.pruning.surgery import Cutter, cut, masked
 from prune_env.pruning.tracing import trace
 from tests.env.small_networks import NETWORKS, build, example
 
@@ -123,6 +126,110 @@ def test_cutting_twice_is_cutting_once() -> None:
     with torch.no_grad():
         torch.testing.assert_close(again(example()), once(example()))
     assert twice.stem[0].out_channels == 4
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_cutter_cuts_again_and_again_as_cut_does(name: str) -> None:
+    network, graph = build(name), _graph(name)
+    cutter, seen = Cutter(network, graph), set()
+    kept = []  # alive, so that no memory is handed out twice
+    for seed in range(3):
+        small, expected = cutter.cut(random_plan(graph, seed)), cut(network, graph, random_plan(graph, seed))
+        assert small.state_dict().keys() == expected.state_dict().keys()
+        assert all(torch.equal(small.state_dict()[key], value) for key, value in expected.state_dict().items())
+        assert str(small) == str(expected)  # classes and the sizes that they remember
+        pointers = {tensor.data_ptr() for tensor in (*small.parameters(), *small.buffers()) if tensor.numel()}
+        assert not pointers & seen
+        seen |= pointers
+        kept.append(small)
+
+
+def test_a_cutter_cuts_the_network_as_it_is_at_the_moment() -> None:
+    network, graph = build("residual"), _graph("residual")
+    cutter = Cutter(network, graph)
+    with torch.no_grad():
+        network.stem[0].weight.mul_(2)
+    network.stem[1].running_mean = network.stem[1].running_mean + 1  # another tensor
+    network.stem[0].weight.requires_grad_(False)
+    network.train().stem[0].register_forward_hook(lambda *_: None)
+    small = cutter.cut(Plan({"stem.0": (1, 3)}))
+    assert torch.equal(small.stem[0].weight, network.stem[0].weight[[1, 3]])
+    assert torch.equal(small.stem[1].running_mean, network.stem[1].running_mean[[1, 3]])
+    assert small.training
+    assert not small.stem[0].weight.requires_grad
+    assert small.stem[1].weight.requires_grad
+    assert len(small.stem[0]._forward_hooks) == 1
+
+
+def test_every_table_of_a_cut_network_is_its_own() -> None:
+    network, graph = build("residual"), _graph("residual")
+    small = cut(network, graph, Plan({"stem.0": (1, 3)}))
+    assert type(small) is type(network)
+    for ours, theirs in zip(small.modules(), network.modules(), strict=True):
+        for name, table in theirs.__dict__.items():
+            if isinstance(table, dict | OrderedDict | set):
+                assert type(ours.__dict__[name]) is type(table)
+                assert ours.__dict__[name] is not table
+    small.stem[0].register_forward_hook(lambda *_: None)
+    small.register_buffer("note", torch.zeros(1), persistent=False)
+    assert not network.stem[0]._forward_hooks
+    assert not network._non_persistent_buffers_set
+
+
+class Tied(nn.Module):
+    """One module under two names, one weight in two modules, one buffer in two tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rectify = self.again = nn.ReLU()
+        self.hidden = nn.Linear(6, 5)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(5, 2)
+        self.register_buffer("scale", torch.ones(6))
+        self.first.register_buffer("scale", self.scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[image 6] -> [image 2]."""
+        return self.head(self.again(self.hidden(self.rectify(self.second(self.first(x * self.scale))))))
+
+
+def test_shared_modules_and_tied_tensors_stay_shared() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Tied().eval()
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    graph = trace(network, x)
+    small = cut(network, graph, Plan({"hidden": (0, 3)}))
+    assert small.again is small.rectify
+    assert small.again is not network.again
+    assert small.hidden.out_features == 2
+    assert small.second.weight is small.first.weight
+    assert small.first.weight is not network.first.weight
+    assert small.first.scale is small.scale
+    assert small.scale is not network.scale
+    with torch.no_grad(), masked(network, graph, Plan({"hidden": (0, 3)})):
+        torch.testing.assert_close(small(x), network(x))
+
+
+def test_a_cut_network_is_made_of_ordinary_parameters() -> None:
+    network, graph = build("chain"), _graph("chain")
+    small = cut(network, graph, Plan({"hidden": (1, 2)}))
+    assert [name for name, _ in small.named_parameters()] == [name for name, _ in network.named_parameters()]
+    for parameter in small.parameters():
+        assert type(parameter) is nn.Parameter
+        assert parameter.is_leaf
+        assert parameter.requires_grad
+    again = pickle.loads(pickle.dumps(small))
+    assert all(type(parameter) is nn.Parameter for parameter in again.parameters())
+
+
+def test_a_cutter_travels_with_its_network() -> None:
+    network, graph = build("chain"), _graph("chain")
+    copy, cutter = pickle.loads(pickle.dumps((network, Cutter(network, graph))))
+    with torch.no_grad():
+        copy.hidden.bias.fill_(7)
+    assert cutter.cut(Plan({"hidden": (1, 2)})).hidden.bias.tolist() == [7, 7]
 
 
 @pytest.mark.parametrize("plan", [Plan({"nothing": (0,)}), Plan({"hidden": (0, 10)})])
