@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 from agents.algorithms import ALGORITHMS
 from prune_env.config import EnvConfig
@@ -18,6 +19,9 @@ class TrainConfig:
     Raises:
         ValueError: A value that is not allowed; names the field, the value and what is.
     """
+
+    program: ClassVar[str] = "agents.train"
+    """The module that runs and resumes it."""
 
     task: str = "digits-cnn"
     """Task name, <data>-<network>."""
@@ -79,8 +83,7 @@ class TrainConfig:
         object.__setattr__(self, "seeds", tuple(self.seeds))
         for seed in self.seeds:
             _integer("seeds", seed, 0)
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(unknown("algorithm", self.algorithm, ALGORITHMS))
+        self.check_algorithm()
         for name, least in (("episodes", 1), ("workers", 1), ("chunk", 1), ("fine_tune_epochs", 0)):
             _integer(name, getattr(self, name), least)
         for name, least in (("warm_up", 0), ("threads", 1)):
@@ -89,6 +92,15 @@ class TrainConfig:
         if not 0 < self.fine_tune_lr < float("inf"):
             raise ValueError(f"fine_tune_lr is {self.fine_tune_lr}; a finite number above 0 is allowed")
         self.env()  # every field of the environment is checked there
+
+    def check_algorithm(self) -> None:
+        """Refuse an unknown algorithm.
+
+        Raises:
+            ValueError: Names the closest.
+        """
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(unknown("algorithm", self.algorithm, ALGORITHMS))
 
     def env(self) -> EnvConfig:
         """The environment's part."""

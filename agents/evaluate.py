@@ -13,10 +13,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from agents import runtime_evaluate
 from agents.cli import guarded, parse
 from agents.config import TrainConfig
 from agents.record import RunFolder
 from agents.report import Row, measure_test
+from agents.runtime_options import is_runtime
 from agents.train import make_task_of, problem_of
 from prune_env.pruning import archive
 from prune_env.pruning.measure import count_macs, count_params, measure_latency
@@ -43,9 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     order = parse(Order, arguments, program="python -m agents.evaluate")
     run, console = RunFolder.open(order.run), Console()
+    if is_runtime(order.run):
+        return runtime_evaluate.evaluate(order.run, console)
     recorded = run.report.get("learned")
     if recorded is None or not (order.run / "model.safetensors").exists():
-        raise ValueError(f"{order.run} is not finished; go on with: python -m agents.train --resume {order.run}")
+        raise ValueError(f"{order.run} is not finished: python -m {run.config.program} --resume {order.run}")
     found, latencies = replay(run, threads=order.threads)
     wrong = disagreements(recorded, found)
     console.print(_table(order.run, recorded, found))

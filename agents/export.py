@@ -38,7 +38,7 @@ def _main(arguments: list[str]) -> int:
     order = parse(Order, arguments, program="python -m agents.export")
     run = RunFolder.open(order.run)
     if not (order.run / "model.safetensors").exists():
-        raise ValueError(f"{order.run} is not finished; go on with: python -m agents.train --resume {order.run}")
+        raise ValueError(f"{order.run} is not finished: python -m {run.config.program} --resume {order.run}")
     network = archive.load(order.run, allow=own_package(run.config))
     archive.save(network, run.plan, order.out)
     Console().print(

@@ -42,17 +42,26 @@ def plan_figure(problem: Problem, learned: Sequence[int], uniform: Sequence[int]
     return figure
 
 
-def learning_figure(problem: Problem, episodes: Sequence[Episode], rows: dict[str, dict]) -> Figure:
-    """Accuracy on the search split of every episode, the best so far, and the rows of the report as lines."""
+def learning_figure(
+    problem: Problem, episodes: Sequence[Episode], rows: dict[str, dict], *, sources: dict[str, str] = SOURCES
+) -> Figure:
+    """Accuracy on the search split of every episode, the best so far, and the rows of the report as lines.
+
+    Args:
+        problem: Names the picture.
+        episodes: In order.
+        rows: Of the report.
+        sources: Colour of an episode's dot by where its actions came from.
+    """
     figure = _figure(width=7.5, height=3.8)
     axes = figure.add_subplot()
-    groups = {name: [e for e in episodes if e.source == name] for name in SOURCES}
-    groups["known plans"] = [e for e in episodes if e.source not in SOURCES]
+    groups = {name: [e for e in episodes if e.source == name] for name in sources}
+    groups["known plans"] = [e for e in episodes if e.source not in sources]
     for name, some in groups.items():
-        colour = SOURCES.get(name, ORANGE)
+        colour = sources.get(name, ORANGE)
         axes.scatter([e.number for e in some], [e.accuracy for e in some], s=11, alpha=0.75, color=colour, label=name)
     ranks = [max(episodes[: i + 1], key=lambda e: e.rank).accuracy for i in range(len(episodes))]
-    axes.step(range(len(ranks)), ranks, where="post", color=GREEN, linewidth=1.8, label="best so far")
+    axes.step([e.number for e in episodes], ranks, where="post", color=GREEN, linewidth=1.8, label="best so far")
     for name, style in (("uniform", "--"), ("random", ":")):
         if name in rows:
             axes.axhline(rows[name]["search_accuracy"], color=GREY, linestyle=style, linewidth=1.4, label=name)

@@ -31,6 +31,8 @@ from torch import Tensor
 
 from agents.config import TrainConfig
 from agents.episode import Episode, Memory
+from agents.search_config import config_of
+from prune_env.files import write
 from prune_env.pruning.plan import Plan
 
 VERSION = 1
@@ -91,7 +93,7 @@ class RunFolder:
         Raises:
             ValueError: The file is corrupt or not allowed.
         """
-        return self._parsed("config.json", TrainConfig.from_json)
+        return self._parsed("config.json", config_of)
 
     @property
     def plan(self) -> Plan:
@@ -152,6 +154,14 @@ class RunFolder:
         lines.writerows(map(_line, episodes))
         write(self.path / "episodes.csv", text.getvalue())
 
+    def read_episodes(self) -> list[Episode]:
+        """What `episodes.csv` tells (not the terms of rewards), without a line that was torn by a kill.
+
+        Raises:
+            ValueError: The file is corrupt.
+        """
+        return self._parsed("episodes.csv", _episodes) if (self.path / "episodes.csv").exists() else []
+
     def append_episode(self, episode: Episode) -> None:
         """Add a line; a line torn by a kill goes when the run is resumed."""
         with (self.path / "episodes.csv").open("a", newline="") as file:
@@ -177,40 +187,27 @@ def refuse_existing(path: Path) -> None:
         raise ValueError(f"run folder {path} already exists; continue it with --resume {path}, or name other --runs")
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file so that, whatever happens, either the old content or the new one is there.
-
-    Raises:
-        OSError: It cannot be written, for example because the disk is full; the old content stays.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def sweep(path: Path) -> None:
-    """Remove drafts that a killed process left in a run folder."""
-    for draft in path.glob(".*.tmp"):
-        draft.unlink(missing_ok=True)
-
-
 def _line(episode: Episode) -> tuple[Any, ...]:
     counts = " ".join(map(str, episode.counts))
     sizes = (episode.macs, episode.params)
     scores = (episode.reward, episode.accuracy, episode.loss)
     return (episode.number, episode.phase, episode.source, *scores, *sizes, counts)
+
+
+def _episodes(text: str) -> list[Episode]:
+    lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+    if not lines or tuple(lines[0]) != COLUMNS:
+        raise ValueError(f"its first line is not {','.join(COLUMNS)}")
+    episodes = [_episode(*line) for line in lines[1:]]
+    if [episode.number for episode in episodes] != list(range(len(episodes))):
+        raise ValueError("its episodes are not numbered from 0")
+    return episodes
+
+
+def _episode(number: str, phase: str, source: str, *values: str) -> Episode:
+    reward, accuracy, loss, macs, params, counts = values
+    scores = (float(reward), float(accuracy), float(loss))
+    return Episode(int(number), phase, source, *scores, int(macs), int(params), tuple(map(int, counts.split())))
 
 
 def _rows(text: str) -> dict[str, dict[str, Any]]:

@@ -174,10 +174,11 @@ def _caption(config: TrainConfig, runs: list[tuple[TrainConfig, dict[str, Row]]]
     repair = "recalibrated" if config.recalibrate else "not recalibrated"
     learned = [report.get("learned", {}) for _, report in runs]
     found = "; ".join(f"episode {row.get('episode')}, {row.get('source')}" for row in learned)
+    random = f" random: best of {config.episodes} on the search split;" if "random" in runs[0][1] else ""
+    policy = "; policy: the agent's own last plan" if "policy" in runs[0][1] else ""
     return (
         f"seeds {seeds}{' (means)' if len(runs) > 1 else ''}; {config.importance} importance, {repair}, "
-        f"refit {config.refit}; random: best of {config.episodes} on the search split; "
-        f"learned: best episode ({found}); policy: the agent's own last plan"
+        f"refit {config.refit};{random} learned: best episode ({found}){policy}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from agents.config import unknown
 from agents.runtime_agent import PpoSettings
@@ -157,3 +158,12 @@ class RuntimeTrainConfig:
             if name not in known:
                 raise ValueError(unknown("field", name, known))
         return cls(**record)
+
+
+def is_runtime(path: Path) -> bool:
+    """Whether a run folder is that of a runtime training."""
+    try:
+        record = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("kind") == "runtime"

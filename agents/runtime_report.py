@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.record import write
 from agents.runtime_stages import RuntimeLearner, Tell
+from prune_env.files import write
 from prune_env.pruning.gating.fixed import FixedDecisions
 from prune_env.pruning.gating.layer import Decide
 from prune_env.pruning.gating.measurement import RuntimeMeasurement, measure_runtime
@@ -46,8 +46,7 @@ class RuntimeReporter:
         agents' mean decisions, `mean` gives every image the learned mean share of each layer, `even` the same share in
         all layers. The last three are moved by one number, found on the search split, to meet the budget in the mean.
         """
-        path = self.folder / "report.json"
-        rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        path, rows = self.folder / "report.json", self.recorded()
         learner, trust = self.learner, self.learner.config.runtime_trust
         kept = self.kept()
         if "dense" not in rows:
@@ -77,6 +76,22 @@ class RuntimeReporter:
                 rows[name] = self._row(fixed(offset), kept, {"offset": offset})
                 write(path, json.dumps(rows, indent=2))
         return rows
+
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """The rows that are written already.
+
+        Raises:
+            ValueError: The file is corrupt.
+        """
+        path = self.folder / "report.json"
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{path} is corrupt: {error}") from None
+
+    def again(self, recorded: dict[str, Any]) -> dict[str, Any]:
+        """The learned row measured once more, under the recorded offset."""
+        return self._row(self.learner.decisions(offset=recorded["offset"]), self.kept(), {})
 
     def kept(self) -> np.ndarray:
         """`[layers]` channels that are stored."""

@@ -16,12 +16,12 @@ from safetensors.torch import save as to_bytes
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.record import write
 from agents.runtime_agent import AgentDecisions, MeanActions, make_agent, restore, static_keeps, tensors_of
 from agents.runtime_options import RuntimeTrainConfig
 from agents.runtime_view import RuntimeView, StaticView
 from prune_env.envs.runtime_dynamics import RuntimeProblem, Scale
 from prune_env.envs.runtime_pruning import RuntimePruningVectorEnv
+from prune_env.files import write
 from prune_env.gates import gate_settings, train_gated
 from prune_env.pruning.gating.network import GatedNetwork, attach
 from prune_env.pruning.measure import Budget

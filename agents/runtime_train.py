@@ -18,11 +18,12 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from agents.cli import INTERRUPTED, parse, stages
-from agents.record import refuse_existing, sweep, write
+from agents.record import refuse_existing
 from agents.runtime_options import RuntimeTrainConfig
 from agents.runtime_report import RuntimeReporter
 from agents.runtime_stages import RuntimeLearner
 from prune_env.config import make_task
+from prune_env.files import sweep, write
 from prune_env.tasks.task import Task
 
 

@@ -21,16 +21,14 @@ from agents.algorithms import ALGORITHMS
 from agents.config import TrainConfig
 from agents.episode import Episode, Memory
 from agents.learner import Learner, load_tensors, make_learner, one_thread, tensors_of
-from agents.record import RunFolder, write
+from agents.record import RunFolder
 from agents.view import actions_of, kept_by
-from baselines import heuristics
 from baselines.method import case_of
+from baselines.search import KNOWN
 from prune_env.envs import dynamics
 from prune_env.envs.dynamics import Problem
+from prune_env.files import write
 from prune_env.pruning.plan import Plan
-
-KNOWN = (heuristics.UNIFORM, heuristics.ERROR_CURVES, heuristics.GLOBAL_MAGNITUDE, heuristics.FIRST_LAST)
-"""Plans of the first episodes, none of which costs an evaluation to find; uniform is the zero of the returns."""
 
 
 @runtime_checkable

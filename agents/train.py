@@ -20,12 +20,13 @@ from agents import plot
 from agents.callbacks import Bar, TensorBoard
 from agents.cli import INTERRUPTED, guarded, parse, stages
 from agents.config import DEMONSTRATION, TrainConfig
-from agents.record import RunFolder, refuse_existing, sweep, write
+from agents.record import RunFolder, refuse_existing
 from agents.report import FINE_TUNED, Reporter, Row, table, uniform_plan
 from agents.rounds import make_workers
 from agents.search import best_plan, policy_plan, search, settings_of
 from prune_env.config import Material, build, make_task
 from prune_env.envs.dynamics import Problem
+from prune_env.files import sweep, write
 from prune_env.pruning import archive
 from prune_env.pruning.plan import Plan
 from prune_env.tasks.task import Task
@@ -58,6 +59,8 @@ def _main(arguments: list[str]) -> int:
     config, runs = order.config if arguments else DEMONSTRATION, order.runs
     if order.resume is not None:
         config, runs = RunFolder.open(order.resume).config, order.resume.absolute().parent
+        if config.program != TrainConfig.program:
+            raise ValueError(f"{order.resume} goes on with: python -m {config.program} --resume {order.resume}")
     if config.weights is not None:
         config = replace(config, weights=str(Path(config.weights).expanduser().resolve()))
     series = [replace(config, seed=seed) for seed in config.seeds or (config.seed,)]

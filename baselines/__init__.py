@@ -6,9 +6,10 @@ import difflib
 import math
 from typing import Any
 
-from baselines import heuristics
+from baselines import heuristics, merging_redundancy, neuron_merging, provable_filter_pruning
 from baselines.method import Case, Method, Result, run
 from baselines.policy import CountsPolicy, MethodPolicy
+from baselines.search import search_method
 from prune_env.config import make_problem
 from prune_env.envs.dynamics import Problem
 from prune_env.tasks.task import Task
@@ -19,9 +20,21 @@ METHODS: dict[str, Method] = {
     "uniform": heuristics.UNIFORM,
     "random": heuristics.RANDOM,
     "global_magnitude": heuristics.GLOBAL_MAGNITUDE,
+    "lamp": heuristics.LAMP,
     "first_last": heuristics.FIRST_LAST,
     "greedy": heuristics.GREEDY,
     "error_curves": heuristics.ERROR_CURVES,
+    "provable_filter_pruning": provable_filter_pruning.DETERMINISTIC,
+    "provable_filter_pruning_random": provable_filter_pruning.RANDOM,
+    "provable_filter_pruning_mixed": provable_filter_pruning.MIXED,
+    "neuron_merging": neuron_merging.NEURON_MERGING,
+    "merge_cost": merging_redundancy.MERGE_COST,
+    "merging_clusters": merging_redundancy.MERGING_CLUSTERS,
+    "random_search": search_method("random_search"),
+    "cem": search_method("cem"),
+    "evolution": search_method("evolution"),
+    "annealing": search_method("annealing"),
+    "netadapt": search_method("netadapt"),
 }
 
 

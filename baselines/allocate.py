@@ -102,7 +102,18 @@ def uniform(choices: Choices) -> Counts:
 
 def random(choices: Choices, rng: np.random.Generator) -> Counts:
     """A random plan that spends the budget: shares drawn from U(0, 1), scaled together until they just fit."""
-    shares = rng.uniform(size=len(choices.levels))
+    return scaled(choices, rng.uniform(size=len(choices.levels)))
+
+
+def scaled(choices: Choices, shares: Float[np.ndarray, " group"]) -> Counts:
+    """Shares of unlike groups, scaled together until they just fit; one that reaches the whole group stops there.
+
+    What is left goes to at most one more level per group, as in `uniform`, which is the case of equal shares.
+
+    Args:
+        choices: what may be chosen.
+        shares: not negative; only their ratios matter.
+    """
     return _climb(choices, _share_keys(choices, np.maximum(shares, 1e-6)), reach=1)
 
 
@@ -125,9 +136,25 @@ def threshold(choices: Choices, scores: Curves) -> Counts:
     """One threshold for the normalised scores of all groups: every channel above it is kept.
 
     A group's scores are divided by their mean, which makes layers of unlike weight scale and width comparable (the
-    default normalisation of Torch-Pruning's global pruning). A block of channels that rises together (`round_to`)
-    counts with its mean score. The threshold is lowered until the next channel does not fit; lower channels that still
-    fit then fill the rest, so that no group could keep one more level.
+    default normalisation of Torch-Pruning's global pruning).
+
+    Args:
+        choices: what may be chosen.
+        scores: per group the importance of each channel, higher = keep.
+
+    Raises:
+        ValueError: if a score is not finite.
+    """
+    # |mean|: signed scores (Taylor) keep their sign, and a group of zero scores is left as it is
+    return ranking(choices, [score / (abs(np.mean(score)) or 1.0) for score in map(np.asarray, scores)])
+
+
+def ranking(choices: Choices, scores: Curves) -> Counts:
+    """One threshold for the scores of all groups as they are: for scores that have a common scale.
+
+    A block of channels that rises together (`round_to`) counts with its mean score. The threshold is lowered until the
+    next channel does not fit; lower channels that still fit then fill the rest, so that no group could keep one more
+    level.
 
     Args:
         choices: what may be chosen.
@@ -140,6 +167,18 @@ def threshold(choices: Choices, scores: Curves) -> Counts:
         _score_keys(levels, np.asarray(score, dtype=np.float64), group)
         for group, (levels, score) in enumerate(zip(choices.levels, scores, strict=True))
     )
+    return rising(choices, keys)
+
+
+def rising(choices: Choices, keys: Keys) -> Counts:
+    """Groups rise in the order of their keys, smallest first, until one does not fit; then whatever still fits.
+
+    No group could keep one more level.
+
+    Args:
+        choices: what may be chosen.
+        keys: per group one number for each rise from a level to the next, not falling.
+    """
     return _climb(choices, keys, reach=max(map(len, choices.levels)))
 
 
@@ -158,8 +197,7 @@ def _score_keys(
 ) -> Float[np.ndarray, " rise"]:
     if not np.all(np.isfinite(score)):
         raise ValueError(f"scores[{group}] must be finite, got {np.count_nonzero(~np.isfinite(score))} that are not")
-    # |mean|: signed scores (Taylor) keep their sign, and a group of zero scores is left as it is
-    ordered = np.sort(score)[::-1] / (abs(score.mean()) or 1.0)
+    ordered = np.sort(score)[::-1]
     total = np.concatenate([[0.0], np.cumsum(ordered)])
     keys = -(total[levels[1:]] - total[levels[:-1]]) / np.diff(levels)
     return np.maximum.accumulate(keys)  # block means fall anyway; cumsum's rounding must not swap two rises

@@ -2,7 +2,7 @@
 
 Every formula works on a *unit*: all filters of all producers that one channel of the group stands for, so coupled
 layers and layers with several positions per channel need no case of their own. Scores are raw: they rank the
-channels of one group; between groups only `second_order` and `taylor` have a common scale.
+channels of one group; between groups only `second_order`, `taylor`, `obd` and `lamp` have a common scale.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
@@ -21,10 +22,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prune_env.pruning.activations import evaluating, pooled
+from prune_env.pruning.activations import channels_last, evaluating, pooled
 from prune_env.pruning.consumer import oriented
 from prune_env.pruning.graph import Group, LayerGraph, Slot
 from prune_env.pruning.moments import Moments, collect
+from prune_env.pruning.sensitivity import Shares, largest, sample_size, sensitivities, summed
 from prune_env.pruning.surgery import tensor_axes
 
 Batch = tuple[Tensor, Tensor]
@@ -32,7 +34,11 @@ Batch = tuple[Tensor, Tensor]
 Scores = dict[str, Tensor]
 """Group name -> `[channels]`."""
 TAYLOR_BATCH = 32
-"""Images per gradient of the Taylor importance."""
+"""Images per gradient of the Taylor and the optimal brain damage importance."""
+RANK_IMAGES = 50
+"""Images whose maps are ranked: each costs a singular value decomposition per channel and consumer."""
+RANK_TOLERANCE = 1e-5
+"""Singular values below this share of the largest count as zero: well above the rounding of float32."""
 
 
 class Importance(Protocol):
@@ -115,6 +121,22 @@ def l2(evidence: Evidence) -> Scores:
     }
 
 
+def lamp(evidence: Evidence) -> Scores:
+    """Squared norm of a unit over the sum of all squared norms that are no smaller (Lee et al., ICLR 2021).
+
+    The paper's score of a weight, taken over units. Inside a group it ranks as `l2` does; the largest unit of every
+    group has 1, so that one threshold for all groups never empties one.
+    """
+    scores = {}
+    for name, norms in l2(evidence).items():
+        energy, order = norms.double().square().sort(descending=True)
+        # Among equals the sum holds all of them: they score the same.
+        last = torch.searchsorted(-energy, -energy, right=True) - 1
+        share = energy / energy.cumsum(0)[last].clamp_min(torch.finfo(energy.dtype).tiny)
+        scores[name] = torch.zeros_like(norms).scatter_(0, order, share.float())
+    return scores
+
+
 def geometric_median(evidence: Evidence) -> Scores:
     """Sum of the distances to the other units, sum_j ||w_c - w_j||, on raw weights (He et al., CVPR 2019, eq. 6).
 
@@ -146,25 +168,65 @@ def taylor(evidence: Evidence) -> Scores:
     First-order estimate of the squared change of the loss when the unit goes, taken jointly over the unit
     (Molchanov et al., CVPR 2019, the importance of a structural parameter as the square of the summed products).
     """
-    network, (images, labels) = evidence.network, evidence.batch
     scores = {group.name: torch.zeros(group.channels) for group in evidence.groups}
-    producers = {slot.module for group in evidence.groups for slot in group.producers}
-    tensors = [p for name in sorted(producers) for p in network.get_submodule(name).parameters(recurse=False)]
-    batches = list(zip(images.split(TAYLOR_BATCH), labels.split(TAYLOR_BATCH), strict=True))
-    with evaluating(network), _differentiable(tensors):
-        for x, y in batches:
-            loss = functional.cross_entropy(network(x).float(), y)
-            slopes = torch.autograd.grad(loss, tensors, allow_unused=True)
-            products = {id(t): t.detach() * g for t, g in zip(tensors, slopes, strict=True) if g is not None}
-            for group in evidence.groups:
-                change = sum(_summed(products, network, slot, group) for slot in group.producers)
-                scores[group.name] += change.square() / len(batches)
+    for share, _, products in _products(evidence):
+        for group in evidence.groups:
+            change = sum(_summed(products, evidence.network, slot, group) for slot in group.producers)
+            scores[group.name] += share * change.square()
+    return scores
+
+
+def obd(evidence: Evidence) -> Scores:
+    """Sum over a unit's weights and biases of w^2 H / 2, H the diagonal of the Hessian (LeCun et al., NeurIPS 1989).
+
+    H is estimated by the Fisher information: with the gradients g of B images independent and without mean, as they
+    are where training has converged, it is B times the mean square of a batch's gradient.
+    """
+    scores = {group.name: torch.zeros(group.channels) for group in evidence.groups}
+    for share, images, products in _products(evidence):
+        squares = {key: images / 2 * product.square() for key, product in products.items()}
+        for group in evidence.groups:
+            scores[group.name] += share * sum(_summed(squares, evidence.network, s, group) for s in group.producers)
     return scores
 
 
 def activation(evidence: Evidence) -> Scores:
     """Mean absolute value, over images and positions, of what the consumers read."""
     return {name: value.mean(0) for name, value in pooled(evidence.network, evidence.groups, evidence.batch[0]).items()}
+
+
+def apoz(evidence: Evidence) -> Scores:
+    """Share of images and positions at which what the consumers read is not zero: 1 - APoZ (Hu et al. 2016)."""
+
+    def active(x: Tensor, module: nn.Module) -> Tensor:
+        return channels_last(x, module).ne(0).float()
+
+    levels = pooled(evidence.network, evidence.groups, evidence.batch[0], level=active)
+    return {name: value.mean(0) for name, value in levels.items()}
+
+
+def hrank(evidence: Evidence) -> Scores:
+    """Mean rank of a channel's map as its consumers read it (Lin et al., CVPR 2020), over 50 images.
+
+    What is no map (a flattened one, a vector) has rank 1 where it is not zero.
+    """
+
+    def rank(x: Tensor, module: nn.Module) -> Tensor:
+        if isinstance(module, nn.Linear) or x.dim() < 4:
+            return channels_last(x, module).ne(0).float()
+        return torch.linalg.matrix_rank(x.float().flatten(2, -2), rtol=RANK_TOLERANCE).float()[:, None]
+
+    levels = pooled(evidence.network, evidence.groups, evidence.batch[0][:RANK_IMAGES], level=rank)
+    return {name: value.mean(0) for name, value in levels.items()}
+
+
+def pfp(evidence: Evidence, *, shares: Shares = summed) -> Scores:
+    """Largest share of a channel in any pre-activation of its consumers (Liebenwein et al., ICLR 2020).
+
+    On as many of the images as the paper's bound asks for; see `prune_env.pruning.sensitivity`.
+    """
+    network, images = evidence.network, evidence.batch[0]
+    return sensitivities(network, evidence.groups, images[: sample_size(network, images[:1])], shares=shares)
 
 
 def second_order(evidence: Evidence) -> Scores:
@@ -193,10 +255,16 @@ IMPORTANCES: Mapping[str, Criterion] = MappingProxyType(
     {
         "l1": Criterion(l1),
         "l2": Criterion(l2),
+        "lamp": Criterion(lamp),
         "geometric_median": Criterion(geometric_median),
         "bn_scale": Criterion(bn_scale),
         "taylor": Criterion(taylor),
+        "obd": Criterion(obd),
         "activation": Criterion(activation),
+        "apoz": Criterion(apoz),
+        "hrank": Criterion(hrank),
+        "pfp": Criterion(pfp),
+        "pfp_max": Criterion(partial(pfp, shares=largest)),
         "second_order": Criterion(second_order),
         "random": Criterion(random),
     }
@@ -205,10 +273,19 @@ IMPORTANCES: Mapping[str, Criterion] = MappingProxyType(
 
 def _filters(evidence: Evidence, group: Group) -> list[Float[Tensor, "channel filter weight"]]:
     """Weights of each producer by unit, on the CPU; where units differ in size, the missing filters are zero."""
+    normed = any(_is_scaled_norm(evidence.network, slot) for slot in group.carriers)
     return [
-        _stacked(oriented(evidence.network.get_submodule(slot.module)).flatten(1).float().cpu(), slot, group.channels)
+        _stacked(_rows(evidence.network.get_submodule(slot.module), normed).float().cpu(), slot, group.channels)
         for slot in group.producers
     ]
+
+
+def _rows(module: nn.Module, normed: bool) -> Float[Tensor, "position weight"]:
+    """Weights of each output; a linear layer's bias is one more, unless a norm undoes it (Kim et al., NeurIPS 2020)."""
+    weight = oriented(module).flatten(1)
+    if normed or not isinstance(module, nn.Linear) or module.bias is None:
+        return weight
+    return torch.cat([weight, module.bias.detach()[:, None]], dim=1)
 
 
 def _stacked(rows: Float[Tensor, "position weight"], slot: Slot, channels: int) -> Tensor:
@@ -233,6 +310,20 @@ def _is_scaled_norm(network: nn.Module, slot: Slot) -> bool:
     module = network.get_submodule(slot.module)
     weight = getattr(module, "weight", None)
     return weight is not None and weight.dim() == 1 and not isinstance(module, nn.PReLU)
+
+
+def _products(evidence: Evidence) -> Iterator[tuple[float, int, dict[int, Tensor]]]:
+    """For each batch of 32 images: its share of the batches, its images, and w dL/dw by the id of each producer's w."""
+    network, (images, labels) = evidence.network, evidence.batch
+    producers = {slot.module for group in evidence.groups for slot in group.producers}
+    tensors = [p for name in sorted(producers) for p in network.get_submodule(name).parameters(recurse=False)]
+    batches = list(zip(images.split(TAYLOR_BATCH), labels.split(TAYLOR_BATCH), strict=True))
+    with evaluating(network), _differentiable(tensors):
+        for x, y in batches:
+            loss = functional.cross_entropy(network(x).float(), y)
+            slopes = torch.autograd.grad(loss, tensors, allow_unused=True)
+            products = {id(t): t.detach() * g for t, g in zip(tensors, slopes, strict=True) if g is not None}
+            yield 1 / len(batches), len(x), products
 
 
 @contextmanager

@@ -14,12 +14,13 @@ import filelock
 import torch
 from torch import nn
 
+from prune_env.files import write
 from prune_env.tasks.datasets import DATASETS, Splits, cache_root, data_root, find_dataset, load_splits
 from prune_env.tasks.networks import NETWORKS, check_network, find_network, make_network
 from prune_env.tasks.normalisation import parse
 from prune_env.tasks.training import TrainSettings, train
 from prune_env.tasks.training.loop import Progress
-from prune_env.tasks.weights import load_weights, write_bytes, write_tensors
+from prune_env.tasks.weights import load_weights, write_tensors
 
 VERSION = 1
 """Counts changes of the code that change what a training gives; part of the hash."""
@@ -191,7 +192,7 @@ def _train(start: Blank, folder: Path, progress: Progress | None) -> None:
         start.network, start.splits.train, settings=settings.training, progress=progress, checkpoint=checkpoint
     )
     record = {**dataclasses.asdict(settings), "report": dataclasses.asdict(report)}
-    write_bytes(json.dumps(record, indent=2).encode(), folder / "settings.json")
+    write(folder / "settings.json", json.dumps(record, indent=2))
     write_tensors(start.network.state_dict(), folder / "model.safetensors")
     checkpoint.unlink()
 

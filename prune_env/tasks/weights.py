@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from prune_env.files import write
 
 NESTED = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts file a state dict."""
@@ -81,25 +82,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mappin
     """
     # Tied tensors share memory, which safetensors refuses; a state dict names them twice anyway.
     separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_bytes(safetensors.torch.save(separate, metadata=dict(metadata or {})), path)
-
-
-def write_bytes(content: bytes, path: Path) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: The file cannot be written; nothing of it is left.
-    """
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write(path, safetensors.torch.save(separate, metadata=dict(metadata or {})))
 
 
 def _unwrap(found: object) -> dict[str, object]:

@@ -47,6 +47,21 @@ def test_l2_by_hand() -> None:
     assert found("l2") == [5, 0, 13]
 
 
+def test_lamp_by_hand() -> None:
+    # Squared norms 25, 0, 169: each over itself and all that are larger.
+    assert found("lamp") == pytest.approx([25 / 194, 0, 1])
+
+
+def test_lamp_gives_equal_units_equal_scores_and_a_dead_group_none() -> None:
+    network, group = three_channels()
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([[3.0, 4.0], [0.0, 1.0], [5.0, 0.0]]))
+    assert IMPORTANCES["lamp"](network, group, ONE_BATCH).tolist() == pytest.approx([25 / 50, 1 / 51, 25 / 50])
+    with torch.no_grad():
+        network[0].weight.zero_()
+    assert IMPORTANCES["lamp"](network, group, ONE_BATCH).tolist() == [0, 0, 0]
+
+
 def test_geometric_median_by_hand() -> None:
     # Distances: 0-1 is 5, 1-2 is 13, 0-2 is sqrt(64 + 64).
     across = 128**0.5
@@ -67,6 +82,48 @@ def test_activation_by_hand() -> None:
     # Both images see one weight per channel; the norm scales by -2, 1, .5 and the ReLU clips.
     values = WEIGHTS * torch.tensor([[-2.0], [1.0], [0.5]]) / (1 + 1e-5) ** 0.5
     assert found("activation") == pytest.approx(values.clamp_min(0).mean(1).tolist())
+
+
+def test_apoz_by_hand() -> None:
+    # After norm and ReLU, for the two images: -6 and -8, 0 and 0, -2.5 and 6.
+    assert found("apoz") == [0, 0, 0.5]
+
+
+def test_hrank_by_hand() -> None:
+    # Maps of rank 0, 1 and 3, and a second image whose third map has rank 2.
+    network = nn.Sequential(nn.Identity(), nn.Conv2d(3, 2, 1)).eval()
+    group = Group("0", 3, (slot("0", "out"),), (), (slot("1", "in"),))
+    maps = torch.stack([torch.zeros(3, 3), torch.ones(3, 3), torch.eye(3)]).repeat(2, 1, 1, 1)
+    maps[1, 2, 0, 0] = 0
+    score = IMPORTANCES["hrank"](network, group, (maps, torch.zeros(2, dtype=torch.int64)))
+    assert score.tolist() == [0, 1, 2.5]
+
+
+def test_pfp_by_hand() -> None:
+    # Both images read 2, 1, 1 in turn: 4 of 8, 3 of 8, 1 of 8; then 2 of 3 and 1 of 3 in the negative weights.
+    network = nn.Sequential(nn.Identity(), nn.Linear(3, 2)).eval()
+    group = Group("0", 3, (slot("0", "out"),), (), (slot("1", "in"),))
+    with torch.no_grad():
+        network[1].weight.copy_(torch.tensor([[2.0, 3.0, 1.0], [-1.0, -1.0, 0.0]]))
+    batch = (torch.tensor([[2.0, 1.0, 1.0], [0.0, 0.0, 0.0]]), torch.tensor([0, 1]))
+    for name in ("pfp", "pfp_max"):
+        assert IMPORTANCES[name](network, group, batch).tolist() == pytest.approx([2 / 3, 3 / 8, 1 / 8])
+
+
+def test_obd_by_hand() -> None:
+    # As for Taylor below: the gradient of weight i of any channel is -(1 - p) x_i, so H_ii is (1 - p)^2 x_i^2.
+    network = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False)).eval()
+    weights = torch.tensor([[1.0, 0.5], [0.0, -1.0], [-0.5, 0.25]])
+    with torch.no_grad():
+        network[0].weight.copy_(weights)
+        network[1].weight.copy_(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]))
+    group = Group("0", 3, (slot("0", "out"),), (), (slot("1", "in"),))
+    x = torch.tensor([[1.0, 2.0]])
+    wanted = (weights * x).square().sum(1) * (1 - torch.sigmoid((weights * x).sum())) ** 2 / 2
+    torch.testing.assert_close(IMPORTANCES["obd"](network, group, (x, torch.tensor([0]))), wanted)
+    # B times the squared mean gradient: for independent images without mean it does not depend on B.
+    doubled = (x.repeat(2, 1), torch.zeros(2, dtype=torch.int64))
+    torch.testing.assert_close(IMPORTANCES["obd"](network, group, doubled), 2 * wanted)
 
 
 def test_taylor_by_hand() -> None:

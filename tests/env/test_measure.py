@@ -19,6 +19,7 @@ from prune_env.pruning.measure import (
     count_macs,
     count_params,
     measure_latency,
+    number_format,
 )
 
 from .small_networks import build, example
@@ -145,6 +146,11 @@ def test_the_meter_in_bfloat16_is_close_and_leaves_the_network_alone():
     assert torch.equal(state, torch.get_rng_state())
     assert all(v.dtype == before[k].dtype and torch.equal(v, before[k]) for k, v in network.state_dict().items())
     network(images).sum().backward()
+
+
+def test_what_has_no_convolution_is_measured_in_float32():
+    assert number_format(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.BatchNorm1d(2))) is torch.float32
+    assert number_format(nn.Sequential(nn.Sequential(nn.ConvTranspose2d(2, 2, 1)), nn.Linear(2, 2))) is torch.bfloat16
 
 
 def test_the_meter_takes_vectors():
