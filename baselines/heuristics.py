@@ -10,7 +10,8 @@ import torch
 
 from baselines import allocate
 from baselines.allocate import Counts
-from baselines.method import Case, Method, plan_of, same_share
+from baselines.method import Case, Method, Scores, plan_of, same_share
+from prune_env.pruning.importance import score
 
 GREEDY_ROUNDS = 8
 """Slices in which greedy goes down to the budget; it evaluates at most this many networks per group."""
@@ -25,6 +26,20 @@ def global_threshold(case: Case) -> Counts:
     """One threshold for the scores of all groups, each group's divided by their mean."""
     names = [case.problem.graph.groups[step].name for step in case.problem.steps]
     return allocate.threshold(case.choices, [np.asarray(case.scores[name], dtype=np.float64) for name in names])
+
+
+def lamp_scores(case: Case) -> Scores:
+    """LAMP scores, which have one scale for all groups, whatever importance the user named."""
+    network, images = case.problem.evaluator.network, case.problem.evaluator.calibration
+    unread = torch.zeros(len(images), dtype=torch.int64)
+    found = score("lamp", network, case.problem.graph, (images, unread))
+    return {name: scores.double().numpy() for name, scores in found.items()}
+
+
+def one_ranking(case: Case) -> Counts:
+    """One threshold for the scores of all groups as they are."""
+    names = [case.problem.graph.groups[step].name for step in case.problem.steps]
+    return allocate.ranking(case.choices, [np.asarray(case.scores[name], dtype=np.float64) for name in names])
 
 
 def first_and_last_whole(case: Case) -> Counts:
@@ -65,6 +80,12 @@ GLOBAL_MAGNITUDE = Method(
     "global_magnitude",
     "Molchanov et al. 2017 (arXiv 1611.06440): one ranking for all layers, scores normalised per layer",
     allocate=global_threshold,
+)
+LAMP = Method(
+    "lamp",
+    "Lee et al., ICLR 2021 (arXiv 2010.07611), over channels: one threshold for layer-adaptive magnitudes",
+    importance=lamp_scores,
+    allocate=one_ranking,
 )
 FIRST_LAST = Method("first_last", "first and last group protected, the rest uniform", allocate=first_and_last_whole)
 GREEDY = Method(

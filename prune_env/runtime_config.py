@@ -45,11 +45,11 @@ class RuntimeConfig:
     """Share of the dense network's macs in (0, 1] that images may cost in the mean, or a number of macs above 1."""
     budget_range: tuple[int | float, int | float] | None = None
     """Lowest and highest share when the budget is drawn anew for each batch."""
-    runtime_trust: float = 0.5
+    runtime_trust: int | float = 0.5
     """Trust in the runtime decision (R_r of the paper): 1 is runtime pruning alone, 0 static pruning alone."""
     static_importance: str = "vector"
     """Trained static importance: `vector` or `filters`."""
-    min_keep: float = 0.1
+    min_keep: int | float = 0.1
     """Least share of a layer's channels that an action can ask for."""
     gate_epochs: int | None = None
     """Epochs for which predictors are trained before the first episode; None takes the data set's own."""

@@ -45,12 +45,14 @@ def commands(path: Path) -> Iterator[list[str]]:
 
 
 def module_calls() -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Document, module and options of each `python -m` on one of our modules."""
+    """Document, module (with its subcommand) and options of each `python -m` on one of our modules."""
     for path in DOCUMENTS:
         for words in commands(path):
             if "-m" not in words or not Path(words[max(words.index("-m") - 1, 0)]).name.startswith("python"):
                 continue
             module, *rest = words[words.index("-m") + 1 :]
+            if module == "agents.train" and rest[:1] == ["runtime"]:
+                module = "agents.train runtime"
             if module.split(".")[0] in OURS:
                 yield path.name, module, tuple(word.partition("=")[0] for word in rest if word.startswith("--"))
 
@@ -62,7 +64,12 @@ def python_blocks() -> list[tuple[str, str]]:
 @cache
 def help_of(module: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", *module.split(), "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, f"python -m {module} --help fails:\n{done.stderr[-2000:]}"
     return done.stdout
@@ -90,7 +97,7 @@ def test_readme_shows_the_main_job():
 
 @pytest.mark.parametrize("module", sorted({module for _, module, _ in module_calls()}))
 def test_every_module_of_a_command_exists(module: str):
-    assert importlib.util.find_spec(module) is not None
+    assert importlib.util.find_spec(module.split()[0]) is not None
 
 
 @pytest.mark.parametrize("module", sorted({module for _, module, _ in module_calls()}))

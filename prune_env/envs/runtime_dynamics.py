@@ -133,9 +133,11 @@ class RuntimeProblem:
     @cached_property
     def minimum(self) -> float:
         """The least macs that decisions can lead to, predictors counted."""
-        least = np.maximum(1, np.round(self.min_keep * self.channels).astype(np.int64))
-        # What is stored decides what predictors cost; with no trust in the runtime the rest can go for good.
-        return float(self.accounting.macs(least, least if self.trust < 1 else self.channels))
+        full = self.channels
+        least = np.maximum(1, np.round(self.min_keep * full).astype(np.int64))
+        # Predictors score what is stored, and only the share of distrust can go for good.
+        gone = np.floor((1 - self.trust) * (full - least) + 1e-9).astype(np.int64)
+        return float(self.accounting.macs(least, full - gone))
 
     @cached_property
     def shapes(self) -> Float32[np.ndarray, "layer 6"]:
@@ -198,6 +200,7 @@ class Passage:
     kept: list[int] = field(default_factory=list)
     keeps: list[np.ndarray] = field(default_factory=list)
     statics: list[float] = field(default_factory=list)
+    _macs: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def position(self) -> int:
@@ -231,13 +234,13 @@ class Passage:
 
     def macs(self) -> Float[np.ndarray, " sample"]:
         """Macs of each image so far as a share of the dense network's; layers that are still open count nothing."""
-        layers, forms = len(self.problem.channels), self.problem.accounting
-        counts = np.zeros((self.size, layers), dtype=np.int64)
-        kept = np.zeros(layers, dtype=np.int64)
-        if self.kept:
-            counts[:, : self.position] = np.stack(self.active, axis=1)
-            kept[: self.position] = self.kept
-        return forms.macs(counts, kept) / forms.dense_macs
+        at, layers, forms = self.position, len(self.problem.channels), self.problem.accounting
+        if at not in self._macs:
+            counts, kept = np.zeros((self.size, layers), dtype=np.int64), np.zeros(layers, dtype=np.int64)
+            for layer in range(at):
+                counts[:, layer], kept[layer] = self.active[layer], self.kept[layer]
+            self._macs[at] = forms.macs(counts, kept) / forms.dense_macs
+        return self._macs[at]
 
     def params(self) -> float:
         """Parameters of the stored network as a share of the dense one's, open layers whole; predictors not counted."""
@@ -248,28 +251,24 @@ class Passage:
     def observe(self, question: Question | None) -> dict[str, Float32[np.ndarray, "sample width"]]:
         """What is seen in front of a layer; None stands for the end of the network. Every array is new."""
         problem, at = self.problem, self.position
-        layers, widest, most = len(problem.channels), int(problem.channels.max()), max(problem.inputs)
-        seen = {
-            "position": np.full((self.size, 1), at / layers),
-            "budget": np.full((self.size, 1), self.budget.fraction),
-            "even": np.full((self.size, 1), problem.even_keep(self.budget)),
-            "index": np.tile(np.eye(layers + 1)[at], (self.size, 1)),
-            "layer": np.tile(problem.shapes[at] if at < layers else np.zeros(len(SHAPE)), (self.size, 1)),
-            "static_importance": np.zeros((self.size, widest)),
-            "spent": np.clip(self.macs(), 0.0, 2.0)[:, None] / 2.0,
-            "previous_keep": np.ones((self.size, 1)) if not at else self.keeps[-1][:, None],
-            "pooled": np.zeros((self.size, most)),
-            "runtime_importance": np.zeros((self.size, widest)),
-        }
-        if question is not None:
-            for name, values, (mean, spread) in (
-                ("pooled", question.pooled, problem.scale.pooled[at]),
-                ("runtime_importance", question.runtime, problem.scale.runtime[at]),
-                ("static_importance", question.static.expand(self.size, -1), problem.scale.static[at]),
-            ):
-                numbers = (values.float().cpu().numpy() - mean) / (SPREAD * spread)
-                seen[name][:, : numbers.shape[1]] = np.clip(np.nan_to_num(numbers), -1.0, 1.0)
-        return {name: value.astype(np.float32) for name, value in seen.items()}
+        seen = {name: np.zeros((self.size, width), dtype=np.float32) for name, (_, width) in widths(problem).items()}
+        seen["position"][:] = at / len(problem.channels)
+        seen["budget"][:] = self.budget.fraction
+        seen["even"][:] = problem.even_keep(self.budget)
+        seen["index"][:, at] = 1.0
+        seen["spent"][:, 0] = np.clip(self.macs(), 0.0, 2.0) / 2.0
+        seen["previous_keep"][:, 0] = self.keeps[-1] if at else 1.0
+        if question is None:
+            return seen
+        seen["layer"][:] = problem.shapes[at]
+        for name, values, (mean, spread) in (
+            ("pooled", question.pooled, problem.scale.pooled[at]),
+            ("runtime_importance", question.runtime, problem.scale.runtime[at]),
+            ("static_importance", question.static, problem.scale.static[at]),
+        ):
+            numbers = (values.float() - float(mean)) / float(SPREAD * spread)
+            seen[name][:, : values.shape[-1]] = numbers.clamp_(-1.0, 1.0).nan_to_num_(0.0).cpu().numpy()
+        return seen
 
 
 IMAGE_FIELDS = ("pooled", "runtime_importance", "spent", "previous_keep")

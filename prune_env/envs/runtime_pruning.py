@@ -163,11 +163,27 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             ResetNeeded: There was no `reset` yet.
             ValueError: Actions of another shape, or not finite.
         """
+        seen, terms, info = self._play(actions)
+        no, nothing = np.zeros(self.num_envs, dtype=bool), np.zeros(self.num_envs)
+        if terms is None:
+            return seen, nothing, no, no.copy(), self._infos(info)
+        finals = np.empty(self.num_envs, dtype=object)
+        for at in range(self.num_envs):
+            finals[at] = {name: rows[at] for name, rows in seen.items()}
+        first = self._start(None)
+        infos = self._infos({"group": self._question.name})
+        infos |= {"final_obs": finals, "_final_obs": ~no, "final_info": self._infos(info), "_final_info": ~no}
+        return first, sum(terms.values(), nothing), ~no, no, infos
+
+    def _play(self, actions: Any) -> tuple[Observation, dict[str, np.ndarray] | None, dict[str, Any]]:
+        """Decide the current layer: what is seen behind it, at the end the terms of the reward, and the info."""
         if self._walk is None or self._question is None:
             raise ResetNeeded("call reset() before step()")
         shares = np.asarray(actions, dtype=np.float64)
-        if shares.shape != (self.num_envs, 2) or not np.isfinite(shares).all():
-            raise ValueError(f"actions must be {self.num_envs} x 2 finite numbers in [0, 1], not {shares.shape}")
+        if shares.shape != (self.num_envs, 2):
+            raise ValueError(f"actions have the shape {shares.shape}; {self.num_envs} x 2 shares in [0, 1] are allowed")
+        if not np.isfinite(shares).all():
+            raise ValueError(f"actions hold {shares[~np.isfinite(shares)][0]}; finite shares in [0, 1] are allowed")
         question, passage = self._question, self._passage
         active = passage.decide(question, shares[:, 0], float(shares[:, 1].mean()))
         logits = self._advance(active)
@@ -179,17 +195,8 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             "params": passage.params(),
             "static_keep": passage.statics[-1],
         }
-        no, seen = np.zeros(self.num_envs, dtype=bool), passage.observe(self._question)
-        if logits is None:
-            return seen, np.zeros(self.num_envs), no, no.copy(), self._infos(info)
-        terms = self._finish(logits, info)
-        finals = np.empty(self.num_envs, dtype=object)
-        for at in range(self.num_envs):
-            finals[at] = {name: rows[at] for name, rows in seen.items()}
-        first = self._start(None)
-        infos = self._infos({"group": self._question.name})
-        infos |= {"final_obs": finals, "_final_obs": ~no, "final_info": self._infos(info), "_final_info": ~no}
-        return first, sum(terms.values()), ~no, no, infos
+        seen = passage.observe(self._question)
+        return seen, None if logits is None else self._finish(logits, info), info
 
     def _start(self, budget: Any) -> Observation:
         """Draw images and a budget, and go to the first layer."""
@@ -232,7 +239,8 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         infos: dict[str, Any] = {}
         for name, value in values.items():
             dtype = object if isinstance(value, str) else None
-            infos[name] = np.full(self.num_envs, value, dtype=dtype) if np.ndim(value) == 0 else np.asarray(value)
+            # A copy, so that what a user does to it reaches neither the passage nor another key.
+            infos[name] = np.full(self.num_envs, value, dtype=dtype) if np.ndim(value) == 0 else np.array(value)
             infos[f"_{name}"] = np.ones(self.num_envs, dtype=bool)
         return infos
 
@@ -256,7 +264,7 @@ class RuntimePruningEnv(gymnasium.Env[Observation, np.ndarray]):
         super().reset(seed=seed)
         seen, infos = self.vector.reset(seed=seed, options=options)
         self._over = False
-        return {name: rows[0] for name, rows in seen.items()}, _single(infos)
+        return {name: rows[0] for name, rows in seen.items()}, {"group": infos["group"][0]}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Decide the current layer.
@@ -266,13 +274,13 @@ class RuntimePruningEnv(gymnasium.Env[Observation, np.ndarray]):
         """
         if self._over:
             raise ResetNeeded("the episode is over or has not begun; call reset()")
-        seen, reward, over, _, infos = self.vector.step(np.asarray(action, dtype=np.float64).reshape(1, -1))
-        self._over = bool(over[0])
-        if self._over:
-            return infos["final_obs"][0], float(reward[0]), True, False, _single(infos["final_info"])
-        return {name: rows[0] for name, rows in seen.items()}, float(reward[0]), False, False, _single(infos)
+        # Without autoreset: that would draw an image which the next reset throws away.
+        seen, terms, info = self.vector._play(np.asarray(action, dtype=np.float64)[None])
+        self._over = terms is not None
+        reward = 0.0 if terms is None else float(sum(value[0] for value in terms.values()))
+        return {name: rows[0] for name, rows in seen.items()}, reward, self._over, False, _single(info)
 
 
-def _single(infos: dict[str, Any]) -> dict[str, Any]:
-    """The first episode's info."""
-    return {name: value[0] for name, value in infos.items() if not name.startswith("_")}
+def _single(info: dict[str, Any]) -> dict[str, Any]:
+    """The info of the only image, in plain Python values."""
+    return {name: value[0].item() if isinstance(value, np.ndarray) else value for name, value in info.items()}

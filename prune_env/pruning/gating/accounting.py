@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Real
 
 from prune_env.pruning.gating.network import GatedNetwork, producer_of
 from prune_env.pruning.graph import LayerGraph
@@ -57,14 +57,15 @@ class Accounting:
         return constant - slope @ self.full, slope
 
     def _cost(self, resource: str, counts: np.ndarray) -> np.ndarray:
-        rows = np.broadcast_to(self.graph.full, (*counts.shape[:-1], len(self.graph.full))).copy()
+        # In the format of the counts: shares of channels need not be whole.
+        rows = np.broadcast_to(self.graph.full, (*counts.shape[:-1], len(self.graph.full))).astype(counts.dtype)
         rows[..., self._columns] = counts
         return np.asarray(self.graph.cost[resource](rows), dtype=np.float64)
 
     def predictor_macs(self, kept: Int64[np.ndarray, "*batch layer"]) -> Float[np.ndarray, "*batch"]:
         """Multiply-accumulates of all runtime predictors for one input, with `kept` channels stored."""
         constant, slope = self._inputs
-        return ((constant + kept @ slope.T) * kept).sum(-1)
+        return np.asarray(((constant + kept @ slope.T) * kept).sum(-1))
 
     def macs(
         self, active: Int64[np.ndarray, "*batch layer"], kept: Int64[np.ndarray, " layer"]
@@ -75,18 +76,18 @@ class Accounting:
             active: Active channels of each gated layer for each input.
             kept: Stored channels of each gated layer: what the predictors score.
         """
-        return self._cost("macs", active) + self.predictor_macs(kept)
+        return np.asarray(self.bare_macs(active) + self.predictor_macs(kept))
 
-    def bare_macs(self, counts: Int64[np.ndarray, "*batch layer"]) -> Float[np.ndarray, "*batch"]:
+    def bare_macs(self, counts: Real[np.ndarray, "*batch layer"]) -> Float[np.ndarray, "*batch"]:
         """Macs of the layers alone at these counts, without predictors."""
         return self._cost("macs", counts)
 
     def params(self, kept: Int64[np.ndarray, "*batch layer"]) -> Float[np.ndarray, "*batch"]:
         """Stored parameters: the network's, the predictors' and one static score per channel."""
         # A predictor has as many weights as multiply-accumulates.
-        return self._cost("params", kept) + self.predictor_macs(kept) + ((1 + self.added) * kept).sum(-1)
+        return np.asarray(self.bare_params(kept) + self.predictor_macs(kept) + kept @ (1 + self.added))
 
-    def bare_params(self, counts: Int64[np.ndarray, "*batch layer"]) -> Float[np.ndarray, "*batch"]:
+    def bare_params(self, counts: Real[np.ndarray, "*batch layer"]) -> Float[np.ndarray, "*batch"]:
         """Parameters of the network alone at these counts."""
         return self._cost("params", counts)
 

@@ -38,6 +38,7 @@ class FixedDecisions:
     def __call__(self, question: Question) -> Bool[Tensor, "sample channel"]:
         """The active channels."""
         samples, channels = question.runtime.shape
-        count = count_of(torch.tensor(self.runtime_keeps[question.index]), channels).to(question.runtime.device)
+        keep = torch.tensor(self.runtime_keeps[question.index], dtype=torch.float64)
+        count = count_of(keep, channels).to(question.runtime.device)
         decision = decide_static(question.static, self.static_keeps[question.index], self.trust)
         return select(question.runtime, question.static, count.expand(samples), decision)

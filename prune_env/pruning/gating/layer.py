@@ -46,8 +46,8 @@ class GatedLayer(nn.Module):
         out = norm(conv(x)) * g + shift * active,     g = sgn * g_r * g_s * active,
         sgn = -1 where g_r < 0 and g_s < 0, else +1
 
-    so that two negative scores leave a negative gate, and the rectifier behind it closes the channel. `W` starts at
-    zero (the paper does not say): at first the layer is the dense one, bit for bit in its scores.
+    so that two negative scores leave a negative gate, and the rectifier behind it closes what is positive in the
+    channel. `W` starts at zero (the paper does not say): at first every gate is the BatchNorm's scale, bit for bit.
 
     Attributes:
         producer: The convolution or linear layer; it has a bias only in front of a norm.
@@ -72,7 +72,7 @@ class GatedLayer(nn.Module):
             self.norm = _without_affine(norm)
             if norm.affine:
                 scale, shift, self.added = norm.weight.detach().clone(), norm.bias.detach().clone(), 0
-        self.gate = nn.Linear(inputs, channels)
+        self.gate = nn.utils.skip_init(nn.Linear, inputs, channels)
         with torch.no_grad():
             self.gate.weight.zero_()
             self.gate.bias.copy_(scale)
@@ -88,8 +88,13 @@ class GatedLayer(nn.Module):
     def scores(self, x: Float[Tensor, "sample ..."]) -> tuple[Tensor, Tensor]:
         """Pooled input `[sample, input]` and runtime scores `[sample, channel]`, in float32 whatever runs around."""
         with torch.autocast(x.device.type, enabled=False):
-            pooled = (x.flatten(2).mean(2) if x.dim() > 2 else x).float()
+            axes = self._positions(x)
+            pooled = x.mean(axes, dtype=torch.float32) if axes else x.float()
             return pooled, self.gate(pooled)
+
+    def _positions(self, x: Float[Tensor, "sample ..."]) -> tuple[int, ...]:
+        """Axes of the layer's input or output that are neither samples nor channels."""
+        return tuple(range(1, x.dim() - 1) if isinstance(self.producer, nn.Linear) else range(2, x.dim()))
 
     def gated(
         self,
@@ -101,7 +106,8 @@ class GatedLayer(nn.Module):
         """The layer's output, zero where a channel is not active."""
         y = self.norm(self.producer(x))
         scale, shift = self.gates(runtime, static, active)
-        shape = (*scale.shape, *(1,) * (y.dim() - 2))
+        axes = self._positions(y)
+        shape = [1 if axis in axes else size for axis, size in enumerate(y.shape)]
         # In the number format of the map, so that autocast does not write it out in float32.
         return torch.addcmul(shift.to(y.dtype).view(shape), y, scale.to(y.dtype).view(shape))
 
@@ -124,32 +130,21 @@ class GatedLayer(nn.Module):
         static, active = self._turn(pooled, runtime)
         return self.gated(x, runtime, static, active)
 
-    def plain(self) -> tuple[nn.Module, nn.Module | None]:
-        """Producer and BatchNorm as an ordinary network has them, with the gate's constant part for a scale."""
-        producer = copy.deepcopy(self.producer)
-        if isinstance(self.norm, nn.Identity):
-            producer.bias = nn.Parameter(self.shift.detach().clone())
-            return producer, None
-        norm = type(self.norm)(
-            self.channels, eps=self.norm.eps, momentum=self.norm.momentum, device=self.shift.device
-        ).train(self.norm.training)
-        norm.load_state_dict({**self.norm.state_dict(), "weight": self.gate.bias, "bias": self.shift})
-        return producer, norm
-
 
 def _without_affine(norm: nn.Module) -> nn.Module:
     """The same BatchNorm with its statistics and without scale and shift."""
     bare = type(norm)(norm.num_features, eps=norm.eps, momentum=norm.momentum, affine=False)
     bare.load_state_dict({name: value for name, value in norm.state_dict().items() if name not in ("weight", "bias")})
-    return bare.train(norm.training)
+    return bare
 
 
-def unfit(producer: nn.Module, carriers: tuple[nn.Module, ...]) -> str | None:
+def unfit(producer: nn.Module, carriers: tuple[nn.Module | None, ...]) -> str | None:
     """Why a layer cannot carry a gate, or None.
 
     Args:
         producer: The layer that writes the channels.
-        carriers: Modules on the channels' way that keep them apart (norms, depthwise convolutions).
+        carriers: What lies on the channels' way and keeps them apart: norms, depthwise convolutions; None for a bare
+            parameter.
     """
     if not isinstance(producer, (*CONVOLUTIONS, nn.Linear)):
         return f"a {type(producer).__name__} writes it; a gate belongs to a convolution or linear layer"
@@ -160,5 +155,6 @@ def unfit(producer: nn.Module, carriers: tuple[nn.Module, ...]) -> str | None:
             "more than one layer lies between its producer and its consumers, and an inactive channel is not zero there"
         )
     if carriers and not (isinstance(carriers[0], BATCH_NORMS) and carriers[0].track_running_stats):
-        return f"a {type(carriers[0]).__name__} lies on its way; only a BatchNorm with statistics gives way to a gate"
+        kind = "bare parameter" if carriers[0] is None else type(carriers[0]).__name__
+        return f"a {kind} lies on its way; only a BatchNorm with statistics gives way to a gate"
     return None

@@ -6,6 +6,7 @@ import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,11 +19,10 @@ from prune_env.pruning.gating.static import STATIC_IMPORTANCES
 from prune_env.pruning.graph import Group, LayerGraph, Slot
 from prune_env.pruning.measure import evaluating
 from prune_env.pruning.plan import Plan
-from prune_env.pruning.surgery import cut, dropped_axes, masked
-from prune_env.pruning.tracing import trace
+from prune_env.pruning.surgery import cut, dropped_axes
 
 TOLERANCE = 1e-3
-"""Allowed difference of gated and masked outputs, relative to the largest output."""
+"""Allowed difference of outputs with and without gates, relative to the largest output."""
 
 
 class GatedNetwork(nn.Module):
@@ -88,23 +88,11 @@ class GatedNetwork(nn.Module):
         """Bring the features of the static importance up to date with the weights and their gradients."""
         self.static.refresh({at: layer.producer.weight for at, layer in enumerate(self.layers)})
 
-    def plain(self) -> nn.Module:
-        """An ordinary network with the same weights, each gate at its constant part; a copy."""
-        plain = copy.deepcopy(self.network)
-        for name in self.names:
-            group = self.graph.group(name)
-            producer, norm = plain.get_submodule(group.producers[0].module).plain()
-            plain.set_submodule(group.producers[0].module, producer)
-            if norm is not None:
-                plain.set_submodule(group.carriers[0].module, norm)
-        return plain
-
-    def cut(self, plan: Plan, example: Tensor) -> GatedNetwork:
+    def cut(self, plan: Plan) -> GatedNetwork:
         """A really smaller gated network: what the plan drops is gone from layers, predictors and static scores.
 
         Args:
             plan: Kept channels; groups not named stay whole.
-            example: One input, to trace the smaller network.
 
         Raises:
             ValueError: The plan does not fit, or drops channels of a group without a gate.
@@ -112,31 +100,21 @@ class GatedNetwork(nn.Module):
         for name, kept in plan.keep.items():
             if name in self.skipped and len(kept) < self.graph.group(name).channels:
                 raise ValueError(f"keep[{name!r}] drops channels, but the group has no gate: {self.skipped[name]}")
-        axes = dropped_axes(self.graph, plan)
-        small = cut(self.plain(), self.graph, plan)
-        graph = trace(small, example)
+        small = cut(self.network, _gated_graph(self.graph, self.names), plan)
         static = copy.deepcopy(self.static)
         static.restrict(
             [torch.tensor(plan.keep.get(name, range(self.graph.group(name).channels))) for name in self.names]
         )
-        result = _assembled(small, graph, self.names, static, dict(self.skipped))
-        for name, old, new in zip(self.names, self.layers, result.layers, strict=True):
-            producer = producer_of(self.graph, name).module
-            rows, columns = (
-                _kept(size, axes.get((producer, role)))
-                for size, role in zip(old.gate.weight.shape, ("out", "in"), strict=True)
-            )
-            with torch.no_grad():
-                new.gate.weight.copy_(old.gate.weight[rows][:, columns])
-                new.gate.bias.copy_(old.gate.bias[rows])
-        return result.train(self.training)
+        result = GatedNetwork(small, static, _cut_graph(self.graph, plan), self.names, dict(self.skipped))
+        result.training = self.training
+        return result
 
 
 def attach(network: nn.Module, graph: LayerGraph, example: Tensor, *, static: str = "vector") -> GatedNetwork:
     """Give every group a gate whose producer can carry one.
 
     A gate is accepted only if, with every channel active, the network's output is the dense one's, and if inactive
-    channels have the effect of `masked`.
+    channels are zero where they are read, so that they have the effect of `masked`.
 
     Args:
         network: The dense network; it is copied.
@@ -161,7 +139,8 @@ def attach(network: nn.Module, graph: LayerGraph, example: Tensor, *, static: st
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ValueError(f"the network has no layer that can carry a gate ({reasons})")
     weights = [modules[producer_of(graph, name).module].weight.detach() for name in names]
-    scores = STATIC_IMPORTANCES[static](weights).to(example.device)
+    with torch.random.fork_rng():
+        scores = STATIC_IMPORTANCES[static](weights).to(example.device)
     return _assembled(network, graph, tuple(names), scores, skipped).train(network.training)
 
 
@@ -185,14 +164,61 @@ def _assembled(
     return GatedNetwork(private, static, graph, tuple(names), skipped)
 
 
+def _gated_graph(graph: LayerGraph, names: Sequence[str]) -> LayerGraph:
+    """The groups as the gated network has them: its layers' parts hold the axes."""
+    gated = {producer_of(graph, name).module for name in names}
+    groups = []
+    for group in graph.groups:
+        producers, carriers, consumers = group.producers, group.carriers, []
+        for slot in group.consumers:
+            parts = ("producer", "gate") if slot.module in gated else ()
+            consumers += [replace(slot, module=f"{slot.module}.{part}") for part in parts] or [slot]
+        if group.name in names:
+            slot = producers[0]
+            carriers = tuple(replace(norm, module=f"{slot.module}.norm") for norm in carriers)
+            carriers += (replace(slot, module=f"{slot.module}.shift", role="parameter"),)
+            producers = tuple(replace(slot, module=f"{slot.module}.{part}") for part in ("producer", "gate"))
+        groups.append(replace(group, producers=producers, carriers=carriers, consumers=tuple(consumers)))
+    return replace(graph, groups=tuple(groups))
+
+
+def _cut_graph(graph: LayerGraph, plan: Plan) -> LayerGraph:
+    """The graph of the cut network; tracing it would lose groups of which one channel is left."""
+    gone = {key: np.sort(positions) for key, (_, positions) in dropped_axes(graph, plan).items()}
+    nothing = np.zeros(0, dtype=np.int64)
+    groups = []
+    for group in graph.groups:
+        kept = np.isin(np.arange(group.channels), plan.keep.get(group.name, range(group.channels)))
+
+        def rest(slot: Slot, kept: np.ndarray = kept) -> Slot:
+            stays = kept[slot.unit]
+            index = slot.index[stays]
+            index = index - np.searchsorted(gone.get((slot.module, slot.role), nothing), index)
+            return replace(slot, index=index, unit=(kept.cumsum() - 1)[slot.unit[stays]])
+
+        axes = (tuple(map(rest, slots)) for slots in (group.producers, group.carriers, group.consumers))
+        groups.append(Group(group.name, int(kept.sum()), *axes))
+    layers = (
+        replace(
+            layer,
+            in_channels=layer.in_channels - len(gone.get((layer.name, "in"), nothing)),
+            out_channels=layer.out_channels - len(gone.get((layer.name, "out"), nothing)),
+        )
+        for layer in graph.layers
+    )
+    return replace(graph, groups=tuple(groups), layers=tuple(layers))
+
+
 def _reason(group: Group, modules: Mapping[str, nn.Module]) -> str | None:
     """Why a group cannot carry a gate, or None if it can as far as its layers show."""
     if len(group.producers) > 1:
         return f"{len(group.producers)} layers write it"
-    producer = modules.get(group.producers[0].module)
-    carriers = tuple(modules.get(slot.module) for slot in group.carriers)
-    reason = unfit(producer, carriers)
-    if reason is None and not all(_whole(slot, group) for slot in (*group.producers, *group.carriers)):
+    producer = modules[group.producers[0].module]
+    reason = unfit(producer, tuple(modules.get(slot.module) for slot in group.carriers))
+    if reason is None and not (
+        len(producer.weight) == group.channels
+        and all(_whole(slot, group) for slot in (*group.producers, *group.carriers))
+    ):
         return "it is only a part of its producer's channels"
     return reason
 
@@ -203,49 +229,64 @@ def _whole(slot: Slot, group: Group) -> bool:
     return np.array_equal(slot.index, channels) and np.array_equal(slot.unit, channels)
 
 
-def _failures(network: nn.Module, graph: LayerGraph, names: Sequence[str], example: Tensor) -> dict[str, str]:
-    """Groups whose gate does not do what `masked` does, with the reason; found by halving."""
-    reason = _disagreement(network, graph, names, example) if names else None
+def _failures(
+    network: nn.Module, graph: LayerGraph, names: Sequence[str], example: Tensor, beside: Sequence[str] = ()
+) -> dict[str, str]:
+    """Groups whose gate does not do what it should beside those accepted before, with the reason; by halving."""
+    reason = _disagreement(network, graph, (*beside, *names), example) if names else None
     if reason is None:
         return {}
     if len(names) == 1:
         return {names[0]: reason}
-    middle = len(names) // 2
-    first, second = (_failures(network, graph, part, example) for part in (names[:middle], names[middle:]))
-    return first | second
+    first, second = names[: len(names) // 2], names[len(names) // 2 :]
+    failed = _failures(network, graph, first, example, beside)
+    accepted = [name for name in first if name not in failed]
+    return failed | _failures(network, graph, second, example, (*beside, *accepted))
 
 
 def _disagreement(network: nn.Module, graph: LayerGraph, names: Sequence[str], example: Tensor) -> str | None:
-    groups = [graph.group(name) for name in names]
-    modules = dict(network.named_modules())
-    if any(len(modules[group.producers[0].module].weight) != group.channels for group in groups):
-        return "it is only a part of its producer's channels"
+    """How gates at these groups change the network, or fail to close channels; None if they do neither."""
     generator = np.random.default_rng(0)
-    sample = torch.from_numpy(generator.standard_normal((2, *example.shape[1:]))).to(example)
-    weights = [modules[group.producers[0].module].weight.detach() for group in groups]
+    noise = torch.from_numpy(generator.standard_normal((2, *example.shape[1:]))).to(example)
+    sample = noise if example.is_floating_point() else example[:1].expand_as(noise)
+    weights = [network.get_submodule(producer_of(graph, name).module).weight.detach() for name in names]
     trial = _assembled(network, graph, names, STATIC_IMPORTANCES["vector"](weights).to(sample.device), {})
-    plan = Plan({g.name: generator.permutation(g.channels)[: max(1, round(0.7 * g.channels))].tolist() for g in groups})
-    asked: list[str] = []
+    dropped = {
+        name: generator.permutation(len(weight)) >= max(1, round(0.7 * len(weight)))
+        for name, weight in zip(names, weights, strict=True)
+    }
+    asked: list[tuple[str, int]] = []
+    leaks: list[str] = []
 
     def drop(question: Question) -> Tensor:
-        asked.append(question.name)
-        active = torch.zeros_like(question.runtime, dtype=torch.bool)
-        active[:, list(plan.keep[question.name])] = True
-        return active
+        asked.append((question.name, len(question.runtime)))
+        closed = torch.from_numpy(dropped[question.name]).to(question.runtime.device)
+        return (~closed).expand_as(question.runtime)
+
+    def watch(name: str, slot: Slot) -> None:
+        module = network.get_submodule(slot.module)
+        closed = torch.from_numpy(slot.positions(dropped[name])).to(sample.device)
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0].index_select(-1 if isinstance(module, nn.Linear) else 1, closed).any():
+                leaks.append(name)
+
+        trial.network.get_submodule(slot.module).register_forward_pre_hook(hook)
 
     try:
         with evaluating(network), evaluating(trial):
             if not _agree(network(sample), trial(sample)):
                 return "with all channels active its gate changes the output"
-            with masked(network, graph, plan):
-                expected = network(sample)
+            for name in names:
+                for slot in graph.group(name).consumers:
+                    watch(name, slot)
             trial.decide = drop
-            found = trial(sample)
+            trial(sample)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         return f"its gate breaks the forward pass: {(str(error).splitlines() or [''])[0][:120]}"
-    if asked != list(names):
+    if asked != [(name, len(sample)) for name in names]:
         return "its layer does not run exactly once for an input"
-    return None if _agree(expected, found) else "an inactive channel does not stay zero up to its consumers"
+    return "an inactive channel does not stay zero up to its consumers" if leaks else None
 
 
 def _agree(expected: object, found: object) -> bool:
@@ -255,11 +296,3 @@ def _agree(expected: object, found: object) -> bool:
         for a, b in pairs
         if isinstance(a, Tensor)
     )
-
-
-def _kept(size: int, axis: tuple[int, np.ndarray] | None) -> Tensor:
-    """Positions of an axis that a plan leaves."""
-    keep = np.ones(size, dtype=bool)
-    if axis is not None:
-        keep[axis[1]] = False
-    return torch.from_numpy(np.flatnonzero(keep))

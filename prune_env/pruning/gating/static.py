@@ -31,6 +31,10 @@ class StaticImportance(Protocol):
         """Bring features that follow from weights and their gradients up to date."""
         ...
 
+    def restrict(self, kept: list[Tensor]) -> None:
+        """Forget the channels that were cut away; `kept` holds the indices that stay, per layer."""
+        ...
+
 
 class StaticVector(nn.Module):
     """A free score per channel.
@@ -62,7 +66,8 @@ class StaticPredictor(nn.Module):
     zero (there: torch's default). How the code's distance and norm are computed is not published (they come from a
     checkpoint that is not shipped). Here: the norm is the filter's L2 norm, the distance the mean L2 distance to the
     layer's other filters, both divided by their mean over the layer. The Taylor feature is the code's: the sum over a
-    filter of `(w * gradient)^2`, divided by the L2 norm over the layer's channels plus 1e-3.
+    filter of `(w * gradient)^2`, divided by the L2 norm over the layer's channels plus 1e-3. (The code divides the
+    gradient by a count first; here it is that of a mean loss.)
     """
 
     def __init__(self, weights: list[Tensor]) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -45,7 +46,7 @@ class StaticDecision:
         return (~self.removed).nonzero().flatten()
 
 
-def check_trust(trust: float | int) -> float:
+def check_trust(trust: Any) -> float:
     """The trust as a float.
 
     Raises:
@@ -76,7 +77,7 @@ def decide_static(static: Float[Tensor, " channel"], keep: float | int, trust: f
     if not 0 < keep <= 1:
         raise ValueError(f"static keep is {keep!r}; a share in (0, 1] is allowed")
     trust, channels = check_trust(trust), len(static)
-    outside = channels - int(count_of(torch.tensor(float(keep)), channels))
+    outside = channels - int(count_of(torch.tensor(keep, dtype=torch.float64), channels))
     # A hair above, so that (1 - .7) * 10 is 3 whole channels in floating point, too.
     gone = math.floor((1 - trust) * outside + 1e-9)
     place = rank(static)
@@ -103,35 +104,38 @@ def select(
     Returns:
         True where a channel is active; never True for a removed one, and at least once per input.
     """
-    trust = decision.trust
-    place = rank(runtime.masked_fill(decision.removed, -torch.inf))
-    whole = int((~decision.removed).sum())
-    out = place >= counts.clamp(max=whole).unsqueeze(1)
-    both = out & decision.doubted
-    only_runtime, only_static = out & ~both & ~decision.removed, (~out) & decision.doubted
-    # Lowest scores first: a place counted from the end among the candidates only.
+    trust, doubted = decision.trust, decision.doubted
+    order = _order(runtime.masked_fill(decision.removed, -torch.inf))
+    out = (_places(order) >= counts.unsqueeze(1)) & ~decision.removed
+    only_runtime, only_static = out & ~doubted, ~out & doubted
+    # Never both shares are whole, and each top holds a channel: at least one stays active.
     runtime_share = (trust * only_runtime.sum(1, keepdim=True).double() + 1e-9).floor()
     static_share = ((1 - trust) * only_static.sum(1, keepdim=True).double() + 1e-9).floor()
-    pruned = both | (_from_the_end(runtime, only_runtime) < runtime_share)
-    pruned |= _from_the_end(static.expand_as(runtime), only_static) < static_share
-    active = ~pruned & ~decision.removed
-    # Every channel of the runtime top may be doubted: the best of what is stored stays then.
-    empty = ~active.any(1)
-    if empty.any():
-        active[empty] = place[empty] == 0
-    return active
+    # Lowest scores first: those with fewer candidates behind them than there are to prune.
+    pruned = out & doubted | only_runtime & (_behind(order, only_runtime) < runtime_share)
+    pruned |= only_static & (_behind(_order(static).expand_as(order), only_static) < static_share)
+    return ~pruned & ~decision.removed
 
 
 def rank(scores: Float[Tensor, "*batch channel"]) -> Int64[Tensor, "*batch channel"]:
     """Place of each channel, 0 for the highest score; ties go to the lower index."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return _places(_order(scores))
+
+
+def _order(scores: Float[Tensor, "*batch channel"]) -> Int64[Tensor, "*batch channel"]:
+    """Channels from the highest score to the lowest; ties go to the lower index."""
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def _places(order: Int64[Tensor, "*batch channel"]) -> Int64[Tensor, "*batch channel"]:
+    """Place of each channel in an order."""
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
-def _from_the_end(
-    scores: Float[Tensor, "sample channel"], candidates: Bool[Tensor, "sample channel"]
-) -> Float[Tensor, "sample channel"]:
-    """Place from the lowest score among the candidates, 0 for the lowest; infinite for the others."""
-    places = scores.shape[-1] - 1 - rank(scores.masked_fill(~candidates, torch.inf))
-    return places.double().masked_fill(~candidates, torch.inf)
+def _behind(
+    order: Int64[Tensor, "sample channel"], candidates: Bool[Tensor, "sample channel"]
+) -> Int64[Tensor, "sample channel"]:
+    """Candidates that stand behind each channel in an order."""
+    so_far = candidates.gather(-1, order).cumsum(-1)
+    return torch.empty_like(order).scatter_(-1, order, so_far[:, -1:] - so_far)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import copy
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
+import jaxtyping
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
-from prune_env.pruning.gating.layer import GatedLayer, Question
+from prune_env.pruning.gating.layer import Decide, GatedLayer, Question
 from prune_env.pruning.gating.network import GatedNetwork
+from prune_env.pruning.measure import evaluating
 
 Walk = Generator[Question, Tensor, Tensor]
 """Yields a question per gated layer, is sent the active channels `[sample, channel]`, and returns the outputs."""
@@ -22,13 +26,30 @@ class _Tracer(fx.Tracer):
         return isinstance(m, GatedLayer) or super().is_leaf_module(m, module_qualified_name)
 
 
+@contextmanager
+def _shapes_unchecked() -> Iterator[None]:
+    """Without jaxtyping's checks, where they are on: the tracer's stand-ins for tensors have no shape."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
 class Walker:
     """A gated network as a sequence of operations that can stop at each gate.
+
+    Modules follow their own mode; what the network's code itself asks of `self.training` is as in evaluation mode.
 
     All of a batch is computed once, in one forward pass: nothing in front of a gate runs again.
 
     Args:
         gated: The network; its modules are shared, so the walker follows a training of it.
+
+    Attributes:
+        module: Its operations in order.
+        gates: The operations that are gated layers, each with its place among them.
 
     Raises:
         ValueError: The network's control flow depends on its input, so it cannot be unrolled.
@@ -37,41 +58,44 @@ class Walker:
     def __init__(self, gated: GatedNetwork) -> None:
         self.gated = gated
         try:
-            graph = _Tracer().trace(gated.network)
+            with evaluating(gated.network), _shapes_unchecked():
+                graph = _Tracer().trace(gated.network)
         except Exception as error:  # the tracer runs the network's own code, which may fail in any way
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"the network cannot be walked layer by layer: {line}") from None
-        self._module = fx.GraphModule(gated.network, graph)
+        self.module = fx.GraphModule(gated.network, graph)
+        self._interpreter = fx.Interpreter(self.module)
         at = {id(layer): place for place, layer in enumerate(gated.layers)}
         called = ((node, node.op == "call_module" and gated.network.get_submodule(node.target)) for node in graph.nodes)
-        self._gates = {node: at[id(module)] for node, module in called if isinstance(module, GatedLayer)}
+        self.gates = {node: at[id(module)] for node, module in called if isinstance(module, GatedLayer)}
 
     def walk(self, x: Float[Tensor, "sample ..."]) -> Walk:
         """One forward pass that stops at each gate.
 
         Gradient mode and autocast are those in force at each resumption.
         """
-        gated = self.gated
-        layers, statics = gated.layers, gated.static.scores()
-        run = fx.Interpreter(self._module)
-        run.args_iter = iter((x,))
-        for node in self._module.graph.nodes:
-            at = self._gates.get(node)
-            if at is not None:
-                layer, static, value = layers[at], statics[at], run.env[node.args[0]]
-                pooled, runtime = layer.scores(value)
-                active = yield Question(gated.names[at], at, pooled.detach(), runtime.detach(), static.detach())
-                run.env[node] = layer.gated(value, runtime, static, active)
-            else:
+        layers, statics = self.gated.layers, self.gated.static.scores()
+        # Values are the walk's own, so that walks can take turns; when each is used last was found once.
+        run = copy.copy(self._interpreter)
+        run.env, run.args_iter = {}, iter((x,))
+        for node in self.module.graph.nodes:
+            at = self.gates.get(node)
+            if at is None:
                 run.env[node] = run.run_node(node)
-                if node.op == "output":
-                    return run.env[node]
+            else:
+                run.env[node] = yield from self._gate(layers[at], at, run.env[node.args[0]], statics[at])
             for used in run.user_to_last_uses.get(node, ()):
                 del run.env[used]
-        raise RuntimeError("the network gives no output")
+        return run.env[node]
+
+    def _gate(self, layer: GatedLayer, at: int, value: Tensor, static: Tensor) -> Walk:
+        """One gated layer; a generator of its own, so that nothing of it stays alive until the next one."""
+        pooled, runtime = layer.scores(value)
+        active = yield Question(self.gated.names[at], at, pooled.detach(), runtime.detach(), static.detach())
+        return layer.gated(value, runtime, static, active)
 
 
-def answer(walk: Walk, decide: object) -> Tensor:
+def answer(walk: Walk, decide: Decide) -> Tensor:
     """Drive a walk to its end with one policy.
 
     Args:
