@@ -109,19 +109,19 @@ def sensitivities(
         groups: Its groups.
         images: Normalised training images; see `sample_size`.
         shares: `summed` or `largest`.
-        positions: Positions of a map that are looked at, drawn anew (seeded) for each batch.
+        positions: Positions of a map that are looked at, drawn anew (seeded) for every few images.
 
     Returns:
         Group name -> `[channels]` float32 on the CPU. A channel that no watched module reads has 1: nothing is known.
     """
-    found = {slot.module: Consumer(network, slot.module, groups) for group in groups for slot in group.consumers}
+    found = {slot.module: Maxima(network, slot.module, groups) for group in groups for slot in group.consumers}
     # One generator for each, so that a consumer's samples do not depend on which others are watched.
     generators = {name: torch.Generator().manual_seed(0) for name in found}
 
     def observe(name: str, module: nn.Module, x: Tensor) -> None:
-        for part in _one_sign(x.detach().float()):
-            for inputs in _columns(module, part, limit=positions, generator=generators[name]):
-                found[name].update(inputs, shares)
+        for some in x.split(max(1, 4 * ELEMENTS // (x[0].numel() * found[name].taps))):
+            for part in _one_sign(some.float()):
+                found[name].update(_columns(module, part, limit=positions, generator=generators[name]), shares)
 
     with watching(network, found, observe), torch.no_grad():
         for batch in images.split(BATCH_SIZE):
@@ -133,7 +133,7 @@ def sensitivities(
     return scores
 
 
-class Consumer:
+class Maxima:
     """The running maxima of one consumer.
 
     Args:
@@ -142,6 +142,7 @@ class Consumer:
         groups: The groups whose channels it may read.
 
     Attributes:
+        taps: Weights per output and input channel.
         best: Group name -> `[channels]`, the largest shares so far.
         seen: Whether the consumer has run.
     """
@@ -149,6 +150,7 @@ class Consumer:
     def __init__(self, network: nn.Module, name: str, groups: Sequence[Group]) -> None:
         module = network.get_submodule(name)
         self.weights = _weights(module)
+        self.taps = math.prod(module.weight.shape[2:])
         self.best: dict[str, Tensor] = {}
         self.seen = False
         self._blocks: list[tuple[str, Tensor, Tensor]] = []
@@ -163,7 +165,8 @@ class Consumer:
     def update(self, inputs: Float[Tensor, "column tap row"], shares: Shares) -> None:
         """Take some rows of inputs of one sign into account."""
         self.seen = True
-        for weights in (self.weights.clamp_min(0), (-self.weights).clamp_min(0)):
+        for sign in (1, -1):
+            weights = (sign * self.weights).clamp_min_(0)
             for group, units, columns in self._blocks:
                 rows = max(MIN_ROWS, ELEMENTS // (len(units) * len(weights)))
                 outs = max(1, ELEMENTS // (len(units) * rows))
@@ -203,15 +206,14 @@ def _weights(module: nn.Module) -> Float[Tensor, "out column tap"]:
 
 def _columns(
     module: nn.Module, x: Tensor, *, limit: int, generator: torch.Generator
-) -> Iterator[Float[Tensor, "column tap row"]]:
-    """What a consumer's weights are multiplied with, some images at a time; a row is a position of an image."""
+) -> Float[Tensor, "column tap row"]:
+    """What a consumer's weights are multiplied with; a row is a position of an image."""
     view, taps = _windows(module, x)
     shape = math.prod(view.shape[2 : 2 + taps]), math.prod(view.shape[2 + taps :])
+    # Copied here, once, with the positions last: all that follows runs along memory.
+    rows = view.movedim(0, 1 + taps).reshape(view.shape[1], shape[0], len(x), shape[1])
     chosen = draw(shape[1], limit, generator).to(x.device)
-    for some in view.split(max(1, 4 * ELEMENTS // max(1, view[0].numel()))):
-        # Copied here, once, with the positions last: all that follows runs along memory.
-        rows = some.movedim(0, 1 + taps).reshape(view.shape[1], shape[0], len(some), shape[1])
-        yield (rows if len(chosen) == shape[1] else rows[..., chosen]).flatten(2)
+    return (rows if len(chosen) == shape[1] else rows[..., chosen]).flatten(2)
 
 
 def _windows(module: nn.Module, x: Tensor) -> tuple[Float[Tensor, "sample column *tap_and_position"], int]:
