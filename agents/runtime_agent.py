@@ -115,9 +115,11 @@ class MeanActions:
         starts = np.full(len(seen["position"]), float(seen["position"][0, 0]) == 0.0)
         state = None if starts[0] else self._states[at]
         self.policy.set_training_mode(False)
-        actions, self._states[at] = self.policy.predict(
-            dict(seen), state=state, episode_start=starts, deterministic=True
-        )
+        # The network around it may run in bfloat16; the agent is small, and its states go through numpy.
+        with torch.autocast(self.policy.device.type, enabled=False):
+            actions, self._states[at] = self.policy.predict(
+                dict(seen), state=state, episode_start=starts, deterministic=True
+            )
         return np.asarray(actions, dtype=np.float64)
 
 

@@ -83,6 +83,18 @@ def test_static_decisions_are_the_same_for_all_inputs(learner):
     assert removed[0] == removed[1]
 
 
+def test_agents_decide_in_float32_whatever_the_network_runs_in(learner):
+    decide = AgentDecisions(dataclasses.replace(learner.problem, static_keeps=learner.statics()), learner.runtime)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            learner.gated.decide = decide
+            learner.gated(learner.problem.images[:4])
+        found.append(decide.passage.keeps[0])
+    learner.gated.decide = None
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+
+
 def test_an_agent_comes_back_from_its_tensors(learner):
     view, _ = learner._views(learner.problem, learner.statics())
     layers = len(learner.problem.channels)
