@@ -390,6 +390,7 @@ def test_the_mean_loss_is_cumulative_for_two_hundred_batches_and_then_decays() -
     mean = LossMean().updated([1.0, 3.0])
     assert mean == LossMean(2.0, 1)
     assert mean.updated([5.0]) == LossMean(3.5, 2)
+    assert LossMean(1.0, 150).updated([3.0]).value == pytest.approx(1 + 2 / 151)
     mean = LossMean(1.0, 199).updated([3.0])
     assert mean.value == pytest.approx(1 + 2 / 200)
     assert LossMean(1.0, 200).updated([3.0]).value == pytest.approx(0.995 * 1 + 0.005 * 3)
