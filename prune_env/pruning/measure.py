@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 RESOURCES = ("macs", "params", "latency_s")
 
-BATCH_SIZE = 64
+BATCH_SIZE = 125
 """Images per forward pass of a meter: larger batches push the feature maps of small networks out of a core's cache."""
 
 
