@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,14 @@ from torch import Tensor
 from agents.runtime_policy import BudgetPolicy
 from prune_env.envs.runtime_dynamics import IMAGE_FIELDS, Passage, RuntimeProblem
 from prune_env.pruning.gating.layer import Question
+from prune_env.pruning.gating.tradeoff import count_of
 from prune_env.pruning.measure import Budget
 
 RANGE = {"runtime": 100.0, "static": 1e-3}
 """Weight of the range regulariser, from the official code."""
+
+FITTINGS = 30
+"""Steps of the bisection that moves static shares until they meet a budget."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +165,49 @@ class AgentDecisions:
 def static_keeps(agent: RecurrentPPO | None, problem: RuntimeProblem, budget: Budget) -> tuple[float, ...]:
     """The static agent's decisions: one call per layer, the same for all inputs; the agent can be dropped then.
 
+    Where nothing is left to the runtime decision they alone fix the macs, and are moved by one number to meet the
+    budget.
+
     Args:
         agent: The static agent; None keeps the even share.
         problem: What is decided.
         budget: What the agent is told.
     """
+    keeps = _static_means(agent, problem, budget)
+    if problem.trust == 0:
+        return fitted(keeps, problem, budget)
+    return tuple(np.clip(keeps, problem.min_keep, 1.0).tolist())
+
+
+def fitted(keeps: Sequence[float], problem: RuntimeProblem, budget: Budget) -> tuple[float, ...]:
+    """Static shares, all moved by the largest number whose macs are within the budget if they alone fix the macs.
+
+    Args:
+        keeps: A number per layer; only the moved ones are brought into [min_keep, 1].
+        problem: What is decided; its predictors score what is stored, and are counted.
+        budget: On macs, not below the problem's minimum.
+    """
+    full = problem.channels.tolist()
+
+    def moved(offset: float) -> np.ndarray:
+        return np.clip(np.asarray(keeps, dtype=np.float64) + offset, problem.min_keep, 1.0)
+
+    def macs(offset: float) -> float:
+        wanted = torch.from_numpy(moved(offset))
+        counts = [int(count_of(keep, channels)) for keep, channels in zip(wanted, full, strict=True)]
+        return float(problem.accounting.macs(np.array(counts), np.array(counts)))
+
+    low, high = problem.min_keep - max(keeps) - 1.0, 2.0 - min(keeps)
+    if macs(high) <= budget.limit:
+        return tuple(moved(high).tolist())
+    for _ in range(FITTINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if macs(middle) <= budget.limit else (low, middle)
+    return tuple(moved(low).tolist())
+
+
+def _static_means(agent: RecurrentPPO | None, problem: RuntimeProblem, budget: Budget) -> tuple[float, ...]:
+    """The static agent's means, which may leave [min_keep, 1]."""
     even = problem.even_keep(budget)
     if agent is None:
         return (even,) * len(problem.channels)
@@ -175,7 +217,6 @@ def static_keeps(agent: RecurrentPPO | None, problem: RuntimeProblem, budget: Bu
         nothing = torch.zeros(1, problem.inputs[at]), torch.zeros(1, len(static))
         question = Question(name, at, *nothing, static.detach())
         seen = {n: value for n, value in passage.observe(question).items() if n not in IMAGE_FIELDS}
-        keep = float(np.clip(even + act(0, seen)[0, 0], problem.min_keep, 1.0))
-        passage.decide(question, np.array([1.0]), keep)
-        keeps.append(keep)
+        keeps.append(float(even + act(0, seen)[0, 0]))
+        passage.decide(question, np.array([1.0]), keeps[-1])
     return tuple(keeps)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from agents.runtime_agent import static_keeps
 from agents.runtime_stages import RuntimeLearner, Tell
 from prune_env.files import write
 from prune_env.pruning.gating.fixed import FixedDecisions
@@ -45,6 +46,9 @@ class RuntimeReporter:
         `dense` is the network that the run began with, `open` the trained one with every channel active, `learned` the
         agents' mean decisions, `mean` gives every image the learned mean share of each layer, `even` the same share in
         all layers. The last three are moved by one number, found on the search split, to meet the budget in the mean.
+
+        At trust 0 the static shares alone decide: they meet the budget already, `even` is the even static share moved
+        likewise, and `mean` is left out, because it would be `learned`.
         """
         path, rows = self.folder / "report.json", self.recorded()
         learner, trust = self.learner, self.learner.config.runtime_trust
@@ -63,6 +67,13 @@ class RuntimeReporter:
             row |= {"runtime_keep_mean": shares.mean(1).tolist(), "runtime_keep_spread": shares.std(1).tolist()}
             rows["learned"] = row | {"static_keep": list(self.statics or ()), "kept": kept.tolist()}
             write(path, json.dumps(rows, indent=2))
+        if trust == 0:
+            if "even" not in rows:
+                statics = static_keeps(None, learner.problem, learner.budget)
+                decisions = FixedDecisions(statics, statics, trust=trust)
+                rows["even"] = self._row(decisions, self.kept(statics), {"static_keep": list(statics)})
+                write(path, json.dumps(rows, indent=2))
+            return rows
         means = np.array(rows["learned"]["runtime_keep_mean"])
         even = np.full(len(means), learner.problem.even_keep(learner.budget))
         for name, keeps in (("mean", means), ("even", even)):
@@ -93,15 +104,13 @@ class RuntimeReporter:
         """The learned row measured once more, under the recorded offset."""
         return self._row(self.learner.decisions(offset=recorded["offset"]), self.kept(), {})
 
-    def kept(self) -> np.ndarray:
-        """`[layers]` channels that are stored."""
-        problem = self.learner.problem
-        if self.statics is None:
+    def kept(self, statics: Sequence[float] | None = None) -> np.ndarray:
+        """`[layers]` channels that are stored under some static shares; without any, under the learned ones."""
+        problem, statics = self.learner.problem, self.statics if statics is None else statics
+        if statics is None:
             return problem.channels
         scores = [score.detach() for score in problem.gated.static.scores()]
-        decisions = [
-            decide_static(score, keep, problem.trust) for score, keep in zip(scores, self.statics, strict=True)
-        ]
+        decisions = [decide_static(score, keep, problem.trust) for score, keep in zip(scores, statics, strict=True)]
         return np.array([len(decision.kept) for decision in decisions], dtype=np.int64)
 
     def _row(self, decide: Decide, kept: np.ndarray | None, facts: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +134,7 @@ class RuntimeReporter:
     def _offset(self, make: Callable[[float], Decide], kept: np.ndarray) -> float:
         """The number that, added to every share, brings the mean macs on the search split to the budget."""
         if self.learner.config.runtime_trust == 0:
-            return 0.0  # nothing is left to the runtime decision
+            return 0.0  # nothing is left to the runtime decision, and the static shares meet the budget
         limit, low, high = self.learner.budget.limit, -0.5, 0.5
         for step in range(HALVINGS):
             self.tell(step, HALVINGS, "meeting the budget")

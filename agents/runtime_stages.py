@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,7 @@ class RuntimeLearner:
         graph = trace(task.network, task.example)
         self.gated: GatedNetwork = attach(task.network, graph, task.example, static=config.static_importance)
         self.problem: RuntimeProblem = problem_of(task, self.gated, config.env())
-        self.budget: Budget = self.problem.budget_of(
-            config.budget if config.keep is None else self._macs_at(config.keep)
-        )
+        self.budget: Budget = self.problem.budget_of(config.budget if config.keep is None else self._macs(config.keep))
         low, high = (
             float(np.clip(self.budget.fraction * factor, self.problem.minimum / self.budget_scale + 1e-6, 1.0))
             for factor in (1 - config.budget_spread, 1 + config.budget_spread)
@@ -100,8 +99,22 @@ class RuntimeLearner:
         """Macs of the dense network."""
         return self.problem.accounting.dense_macs
 
-    def _macs_at(self, keep: float) -> float:
-        return float(np.floor(self.problem.accounting.bare_macs(keep * self.problem.channels)))
+    def _macs(self, keep: float) -> float:
+        """What a share in every layer costs.
+
+        Raises:
+            ValueError: Less than can be reached.
+        """
+        problem = self.problem
+        macs, least = problem.accounting.even_macs(keep), problem.budget_of(math.ceil(problem.minimum))
+        if macs < least.limit:
+            # Rounded up, so that the share in the message is one that works.
+            smallest = math.ceil(problem.even_keep(least) * 1e4) / 1e4
+            raise ValueError(
+                f"keep is {keep}; predictors are counted, and a layer keeps at least {problem.min_keep:g}, so "
+                f"{smallest:g} is the smallest keep allowed"
+            )
+        return macs
 
     def _views(self, problem: RuntimeProblem, statics: tuple[float, ...] | None) -> tuple[RuntimeView, StaticView]:
         """The vector envs of the two agents."""
@@ -113,7 +126,10 @@ class RuntimeLearner:
         return RuntimeView(RuntimePruningVectorEnv(fixed, num_envs=size), price=price), StaticView(split, act)
 
     def statics(self, budget: Budget | None = None) -> tuple[float, ...] | None:
-        """The static shares as the static agent stands; None where the runtime is trusted alone."""
+        """The static shares as the static agent stands, within the budget where they alone decide.
+
+        None where the runtime is trusted alone.
+        """
         if self.config.runtime_trust == 1:
             return None
         return static_keeps(self.static, self.problem, budget or self.budget)
@@ -133,6 +149,7 @@ class RuntimeLearner:
         """
         stages = stages_of(self.config)
         self.restore()
+        self._sweep()
         for at in range(self.done, len(stages)):
             stage = stages[at]
             figures = self._agents(stage, at, tell) if stage.kind == "agents" else self._network(stage, at, tell)
@@ -140,8 +157,18 @@ class RuntimeLearner:
             self.done = at + 1
             self.history.append({"stage": at, "kind": stage.kind, "round": stage.round, **figures})
             self.save()
-            (self.folder / "stage.safetensors").unlink(missing_ok=True)
+            self._sweep()
             log(at, figures)
+
+    def _inside(self, at: int) -> Path:
+        """The checkpoint inside a stage. A name of its own, so that no stage finds what a kill left of another."""
+        return self.folder / f"stage-{at}.safetensors"
+
+    def _sweep(self) -> None:
+        """Remove the checkpoints inside stages that are done."""
+        for file in self.folder.glob("stage*.safetensors"):
+            if file != self._inside(self.done):
+                file.unlink()
 
     def _network(self, stage: Stage, at: int, tell: Tell) -> dict[str, float]:
         """Train the network with frozen agents."""
@@ -156,7 +183,7 @@ class RuntimeLearner:
             static=stage.kind != "gates",
             decide=self.decisions() if stage.kind == "network" else None,
             progress=lambda done, total, what: tell(done, total, f"{stage.kind} {stage.round or ''}: {what}"),
-            checkpoint=self.folder / "stage.safetensors",
+            checkpoint=self._inside(at),
             device=self.config.device,
         )
         self.gated.to(memory_format=torch.channels_last)

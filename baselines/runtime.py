@@ -28,6 +28,7 @@ Published for M-CifarNet on CIFAR-10: 91.37 -> 90.54 % at d = .5, 3x fewer macs 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,10 +40,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from prune_env.gates import deciding, gate_settings
 from prune_env.pruning.gating.fixed import FixedDecisions
+from prune_env.pruning.gating.layer import RectifiedLinear
 from prune_env.pruning.gating.measurement import RuntimeMeasurement, measure_runtime
 from prune_env.pruning.gating.network import GatedNetwork, attach
 from prune_env.pruning.gating.tradeoff import check_trust, decide_static
@@ -67,21 +69,6 @@ LEAST = 1e-6
 """A share that leaves one channel in any layer."""
 
 BATCH = 128
-
-
-class RectifiedLinear(nn.Linear):
-    """The gate of FBS: a linear layer and a rectifier."""
-
-    @classmethod
-    def of(cls, linear: nn.Linear) -> RectifiedLinear:
-        """A copy of a linear layer, rectified."""
-        result = nn.utils.skip_init(cls, linear.in_features, linear.out_features, device=linear.weight.device)
-        result.load_state_dict(linear.state_dict())
-        return result.train(linear.training)
-
-    def forward(self, x: Float[Tensor, "sample input"]) -> Float[Tensor, "sample channel"]:
-        """`[sample, channel]` gates, never negative."""
-        return super().forward(x).relu()
 
 
 def attached(task: Task) -> GatedNetwork:
@@ -192,6 +179,7 @@ def run_runtime(
     trust: float | int | None = None,
     progress: Progress | None = None,
     folder: Path | str | None = None,
+    threads: int | None = None,
     device: str | torch.device = "cpu",
 ) -> RuntimeResult:
     """Train a task's gated network at falling shares, and measure it at the last one.
@@ -207,6 +195,7 @@ def run_runtime(
         trust: Trust R in the runtime decision; None takes the method's own.
         progress: Told about every step.
         folder: Where a checkpoint is written after every epoch; the same call goes on from the one it finds.
+        threads: CPU threads of the training; None takes the task's usual number.
         device: Where to train.
 
     Raises:
@@ -215,6 +204,7 @@ def run_runtime(
         TrainingDiverged: The loss became NaN or Inf.
     """
     chosen, settings = runtime_method_of(method), gate_settings(task, epochs=epochs, seed=seed)
+    settings = settings if threads is None else dataclasses.replace(settings, threads=threads)
     _check_aim(keep, budget)
     trust = check_trust(chosen.trust if trust is None else trust)
     gated = chosen.prepare(task).to(device).eval()

@@ -201,6 +201,7 @@ class Passage:
     keeps: list[np.ndarray] = field(default_factory=list)
     statics: list[float] = field(default_factory=list)
     _macs: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+    _static: dict[int, StaticDecision] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def position(self) -> int:
@@ -223,7 +224,7 @@ class Passage:
         if problem.static_keeps is not None:
             static_keep = problem.static_keeps[at]
         static_keep = float(np.clip(static_keep, problem.min_keep, 1.0))
-        decision: StaticDecision = decide_static(question.static, static_keep, problem.trust)
+        decision = self._decided(question) or decide_static(question.static, static_keep, problem.trust)
         counts = count_of(torch.from_numpy(asked), channels).to(question.runtime.device)
         active = select(question.runtime, question.static, counts, decision)
         self.active.append(active.sum(1).cpu().numpy())
@@ -231,6 +232,14 @@ class Passage:
         self.keeps.append(asked)
         self.statics.append(static_keep)
         return active
+
+    def _decided(self, question: Question) -> StaticDecision | None:
+        """The static decision about a layer if it stands before any action, made once; else None."""
+        problem, at = self.problem, question.index
+        if problem.static_keeps is not None and at not in self._static:
+            keep = float(np.clip(problem.static_keeps[at], problem.min_keep, 1.0))
+            self._static[at] = decide_static(question.static, keep, problem.trust)
+        return self._static.get(at)
 
     def macs(self) -> Float[np.ndarray, " sample"]:
         """Macs of each image so far as a share of the dense network's; layers that are still open count nothing."""
@@ -268,6 +277,11 @@ class Passage:
         ):
             numbers = (values.float() - float(mean)) / float(SPREAD * spread)
             seen[name][:, : values.shape[-1]] = numbers.clamp_(-1.0, 1.0).nan_to_num_(0.0).cpu().numpy()
+        decision = self._decided(question)
+        if decision is not None:
+            # Cut away where the agent is deployed. As inputs they are zero for every image already.
+            gone = decision.removed.nonzero().flatten().cpu().numpy()
+            seen["runtime_importance"][:, gone] = seen["static_importance"][:, gone] = 0.0
         return seen
 
 

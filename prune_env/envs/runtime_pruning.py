@@ -60,7 +60,9 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     | `pooled` | widest input | the layer's pooled input, standardised, / 5, in [-1, 1] |
     | `runtime_importance` | widest layer | runtime score of each channel for this image, standardised likewise |
 
-    The last four depend on the image; `runtime_dynamics.IMAGE_FIELDS` names them.
+    The last four depend on the image; `runtime_dynamics.IMAGE_FIELDS` names them. Both importances are 0 beyond the
+    layer's width and, where the problem's `static_keeps` are given, for channels that they remove for good: once
+    deployed these are cut away. As inputs such channels are zero for every image, so `pooled` shows a constant.
 
     ## Rewards
 
@@ -162,6 +164,7 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         Raises:
             ResetNeeded: There was no `reset` yet.
             ValueError: Actions of another shape, or not finite.
+            FloatingPointError: The network's loss on an image is NaN or Inf; the next call must be `reset`.
         """
         seen, terms, info = self._play(actions)
         no, nothing = np.zeros(self.num_envs, dtype=bool), np.zeros(self.num_envs)
@@ -227,6 +230,12 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     def _finish(self, logits: Tensor, info: dict[str, Any]) -> dict[str, np.ndarray]:
         """Terms of the reward; what the images came to goes into `info`."""
         losses = functional.cross_entropy(logits.float(), self._labels, reduction="none").double().cpu().numpy()
+        if not np.isfinite(losses).all():
+            bad = losses[~np.isfinite(losses)]
+            raise FloatingPointError(
+                f"the loss of {len(bad)} of {len(losses)} images is {bad[0]}; the gated network's weights or scores "
+                "have diverged"
+            )
         self._mean = self._mean.updated(losses)
         terms = rewards(losses, self._mean, self._passage)
         info |= {"loss": losses, "correct": (logits.argmax(1) == self._labels).cpu().numpy()}

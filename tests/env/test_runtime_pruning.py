@@ -361,6 +361,33 @@ def test_static_shares_that_are_decided_already_leave_actions_no_say() -> None:
     np.testing.assert_array_equal(one["kept"], other["kept"])
 
 
+@pytest.mark.parametrize("trust", [0.0, 0.5, 1.0])
+def test_what_fixed_static_shares_remove_cannot_be_seen(trust: float) -> None:
+    """Whatever the removed channels' weights and scores are: after deployment they do not exist."""
+    keeps = (0.5, 0.7, 0.3)
+    free, fixed = vector(trust=trust), vector(trust=trust, static_keeps=keeps)
+    actions = random_actions(free)
+    actions[..., 1] = np.array(keeps)[:, None]
+    unseen, seen = play(free, actions, seed=0), play(fixed, actions, seed=0)
+    before = None
+    for at, (layer, keep) in enumerate(zip(fixed.problem.gated.static.scores(), keeps, strict=True)):
+        removed = decide_static(layer.detach(), keep, trust).removed.numpy()
+        assert removed.any() == (trust < 1)
+        for name, values in seen[at][0].items():
+            if name.endswith("_importance"):
+                assert not values[:, : len(removed)][:, removed].any(), name
+                assert values[:, : len(removed)][:, ~removed].any(), name
+                values[:, : len(removed)][:, removed] = unseen[at][0][name][:, : len(removed)][:, removed]
+            np.testing.assert_array_equal(values, unseen[at][0][name], err_msg=name)
+        if before is not None:  # As inputs, removed channels are the same for all images.
+            spatial = fixed.problem.inputs[at] // len(before)
+            pooled = seen[at][0]["pooled"][:, : fixed.problem.inputs[at]][:, np.repeat(before, spatial)]
+            assert (pooled == pooled[:1]).all()
+            mean, spread = fixed.problem.scale.pooled[at]
+            np.testing.assert_allclose(pooled, np.clip(-mean / (5 * spread), -1, 1), rtol=1e-5)
+        before = removed
+
+
 @pytest.mark.parametrize(
     ("share", "counts"), [(-3.0, [1, 1, 1]), (0.0, [1, 1, 1]), (0.5, [4, 3, 5]), (7.0, [8, 6, 10])]
 )
@@ -566,6 +593,30 @@ def test_actions_that_are_not_finite_are_refused_and_the_episode_goes_on(bad: fl
     one.reset(seed=0)
     assert "finite" in refusal(lambda: one.step(np.array([bad, 0.5])))
     assert "shape" in refusal(lambda: one.step(np.array([0.5])))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_network_whose_loss_is_no_number_is_an_error_and_leaves_the_mean_loss_alone(bad: float) -> None:
+    env, other = vector(4), vector(4)
+    own = problem(gated=copy.deepcopy(env.problem.gated))
+    spoilt = RuntimePruningVectorEnv(own, num_envs=4)
+    actions = random_actions(env)
+    play(spoilt, actions, seed=0)
+    mean, shift = spoilt._mean, own.gated.layers[-1].shift
+    good = shift.detach().clone()
+    with torch.no_grad():
+        shift.fill_(bad)
+    spoilt.reset()
+    for action in actions[:-1]:
+        spoilt.step(action)
+    with pytest.raises(FloatingPointError, match="the loss of 4 of 4 images is"):
+        spoilt.step(actions[-1])
+    assert spoilt._mean == mean
+    with pytest.raises(ResetNeeded):
+        spoilt.step(actions[-1])
+    with torch.no_grad():
+        shift.copy_(good)
+    assert data_equivalence(play(spoilt, actions, seed=0), play(other, actions, seed=0), exact=True)
 
 
 def test_stepping_before_reset_or_after_the_end_is_refused() -> None:

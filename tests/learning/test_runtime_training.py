@@ -9,18 +9,30 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from stable_baselines3.common.vec_env import VecCheckNan, VecEnv, VecMonitor
 
 from agents import evaluate, runtime_options, runtime_train
 from agents.cli import BAD_INPUT, guarded
 from agents.runtime_agent import AgentDecisions, PpoSettings, make_agent, restore, static_keeps, tensors_of
 from agents.runtime_options import RuntimeTrainConfig, Schedule
+from agents.runtime_report import RuntimeReporter
 from agents.runtime_stages import RuntimeLearner
 from agents.runtime_view import RuntimeView, StaticView
-from prune_env.envs.runtime_dynamics import IMAGE_FIELDS
+from prune_env.envs.runtime_dynamics import IMAGE_FIELDS, RuntimeProblem
 from prune_env.envs.runtime_pruning import RuntimePruningVectorEnv
 from prune_env.pruning.gating.measurement import Recorder
 
 TINY = Schedule(gates=1, scores=1, rounds=1, rollouts=2, network=1, final=1, ppo=PpoSettings(epochs=1))
+
+
+GATELESS = """
+from torch import nn
+
+def make(num_classes, in_channels):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(288, num_classes)
+    )
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +105,97 @@ def test_agents_decide_in_float32_whatever_the_network_runs_in(learner):
         found.append(decide.passage.keeps[0])
     learner.gated.decide = None
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.5, 1.0])
+def test_the_views_are_vector_envs_as_stable_baselines_wants_them(learner, trust):
+    problem = dataclasses.replace(learner.problem, trust=trust)
+    layers = len(problem.channels)
+
+    def views():
+        yield RuntimeView(RuntimePruningVectorEnv(problem, num_envs=4))
+        yield StaticView([RuntimePruningVectorEnv(problem, num_envs=3) for _ in range(4)], None)
+
+    for view, twin in zip(views(), views(), strict=True):
+        assert isinstance(view, VecEnv)
+        watched = VecMonitor(VecCheckNan(view, raise_exception=True))
+        watched.seed(3)
+        twin.seed(3)
+        rng, seen, other = np.random.default_rng(0), watched.reset(), twin.reset()
+        for step in range(2 * layers):
+            for name, space in view.observation_space.items():
+                assert seen[name].shape == (4, *space.shape)
+                assert seen[name].dtype == space.dtype
+                assert all(space.contains(row) for row in seen[name])
+                np.testing.assert_array_equal(seen[name], other[name])
+            actions = rng.uniform(-1, 1, (4, 1)).astype(np.float32)
+            assert view.action_space.contains(actions[0])
+            seen, rewards, over, told = watched.step(actions)
+            other, expected, *_ = twin.step(actions)
+            assert (rewards.shape, rewards.dtype) == ((4,), np.float32)
+            np.testing.assert_array_equal(rewards, expected)
+            assert (over.shape, over.dtype, len(told)) == ((4,), bool, 4)
+            assert over.all() == over.any() == ((step + 1) % layers == 0)
+            for one, reward in zip(told, rewards, strict=True):
+                assert ("terminal_observation" in one) == ("episode" in one) == over[0]
+                if over[0]:
+                    assert view.observation_space.contains(one["terminal_observation"])
+                    assert one["episode"]["r"] == pytest.approx(reward, rel=1e-5)
+                    assert one["episode"]["l"] == layers
+        assert watched.env_is_wrapped(VecMonitor) == [False] * 4
+        assert view.get_attr("num_envs") == [4] * 4
+        assert view.get_attr("num_envs", indices=[1, 2]) == [4] * 2
+        view.set_attr("mark", 7)
+        assert view.get_attr("mark") == [7] * 4
+
+
+def test_a_network_without_a_layer_that_can_carry_a_gate_is_refused_by_the_command(tmp_path, capsys, monkeypatch):
+    (tmp_path / "gateless.py").write_text(GATELESS)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--task", "digits", "--network", "gateless:make", "--epochs", "0", "--runs", str(tmp_path / "runs")]
+    assert guarded(lambda: runtime_train.main(arguments)) == BAD_INPUT
+    said = capsys.readouterr().err
+    assert "no layer that can carry a gate" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_share_is_not_refused_for_a_budget_that_was_not_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(RuntimeProblem, "minimum", property(lambda problem: 0.6 * problem.accounting.dense_macs))
+    config = dataclasses.replace(CONFIG, keep=0.9)
+    learner = RuntimeLearner(runtime_train.task_of(config), config, tmp_path)
+    assert learner.budget.fraction > 0.6
+    with pytest.raises(ValueError, match=r"budget 0\.5"):
+        RuntimeLearner(learner.task, CONFIG, tmp_path)
+
+
+def test_a_run_folder_with_a_trust_that_is_no_share_is_corrupt(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(CONFIG.to_json().replace('"runtime_trust": 0.5', '"runtime_trust": 1.5'))
+    assert guarded(lambda: runtime_train.main(["--resume", str(tmp_path)])) == BAD_INPUT
+    assert "runtime_trust is 1.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bias", [-0.3, 0.0, 0.4])
+def test_static_shares_alone_meet_the_budget_within_a_channel(tmp_path, bias):
+    config = dataclasses.replace(CONFIG, runtime_trust=0.0)
+    learner = RuntimeLearner(runtime_train.task_of(config), config, tmp_path)
+    with torch.no_grad():
+        learner.static.policy.action_net.bias.fill_(bias)
+        learner.static.policy.action_net.weight.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
+    problem, limit = learner.problem, learner.budget.limit
+    rows = RuntimeReporter(learner.task, learner, tmp_path, lambda *_: None).rows()
+    assert list(rows) == ["dense", "open", "learned", "even"]
+    assert len(set(rows["even"]["static_keep"])) == 1
+    assert len(set(rows["learned"]["static_keep"])) > 1
+    for name in ("learned", "even"):
+        shares = np.array(rows[name]["static_keep"])
+        counts = np.round(shares * problem.channels).astype(int)
+        more = np.minimum(counts + 1, problem.channels)
+        assert float(problem.accounting.macs(counts, counts)) <= limit < float(problem.accounting.macs(more, more))
+        for split in ("search", "test"):
+            assert rows[name][split]["dynamic_macs"] == float(problem.accounting.macs(counts, counts))
+            assert rows[name][split]["dynamic_macs_spread"] == 0
+    assert learner.decisions().problem.static_keeps == learner.statics() == tuple(rows["learned"]["static_keep"])
 
 
 def test_an_agent_comes_back_from_its_tensors(learner):
@@ -168,6 +271,10 @@ def test_one_command_trains_and_reports(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--runtime-trust", "1.5"], "runtime_trust is 1.5"),
+        (["--runtime-trust", "-0.1"], "runtime_trust is -0.1"),
+        (["--runtime-trust", "nan"], "runtime_trust is nan"),
+        (["--epochs", "0", "--keep", "0.01"], "is the smallest keep allowed"),
+        (["--epochs", "0", "--keep", "0.01", "--runtime-trust", "0"], "is the smallest keep allowed"),
         (["--budget", "0"], "budget is 0"),
         (["--epochs", "0", "--budget", "0.001"], "is the smallest share allowed"),
         (["--schedule", "papr"], "did you mean 'paper'"),

@@ -35,7 +35,7 @@ from prune_env.pruning.gating.network import GatedNetwork
 from prune_env.pruning.plan import Plan
 from prune_env.pruning.tracing import trace
 from prune_env.tasks.task import Task
-from prune_env.tasks.training import TrainReport
+from prune_env.tasks.training import TrainingDiverged, TrainReport
 from tests.env.small_networks import example
 from tests.methods.own_tasks import own_task
 
@@ -318,7 +318,10 @@ def test_the_share_of_a_budget_by_hand() -> None:
         ({"budget": 0.001}, "smallest share allowed"),
         ({"budget": -1.0}, "budget is -1.0"),
         ({"keep": 0.5, "trust": 1.5}, r"runtime_trust is 1.5; .*\[0, 1\]"),
+        ({"keep": 0.5, "trust": -0.1}, r"runtime_trust is -0.1; .*\[0, 1\]"),
+        ({"keep": 0.5, "trust": float("nan")}, "runtime_trust is nan"),
         ({"keep": 0.5, "epochs": 0}, "epochs is 0"),
+        ({"keep": 0.5, "threads": -1}, "threads is -1"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_trained(task: Task, options: dict[str, Any], said: str) -> None:
@@ -327,6 +330,36 @@ def test_bad_input_is_refused_before_anything_is_trained(task: Task, options: di
 
     with pytest.raises(ValueError, match=said):
         run_runtime("fbs", task, **{"epochs": 1, **options}, progress=never)
+
+
+def test_a_network_without_a_gateable_layer_is_refused() -> None:
+    with pytest.raises(ValueError, match="no layer that can carry a gate"):
+        run_runtime(
+            "fbs", dataclasses.replace(own_task("grouped"), data="digits", network_name="cnn"), keep=0.5, epochs=1
+        )
+
+
+def test_a_diverging_training_stops_at_its_last_good_epoch_and_goes_on_from_there(tiny: Task, tmp_path: Path) -> None:
+    networks: list[GatedNetwork] = []
+
+    def prepare(task: Task) -> GatedNetwork:
+        networks.append(attached(task))
+        return networks[-1]
+
+    def poison(done: int, total: int, what: str) -> None:
+        if what.startswith("epoch 2/3"):
+            with torch.no_grad():
+                networks[-1].layers[0].shift.fill_(float("nan"))
+
+    own, options = RuntimeMethod("own", "-", prepare), {"keep": KEEP, "epochs": 3}
+    with pytest.raises(TrainingDiverged, match="epoch 2"):
+        run_runtime(own, tiny, **options, folder=tmp_path, progress=poison)
+    stopped = networks[-1]
+    assert all(value.isfinite().all() for value in stopped.state_dict().values())
+    assert stopped.decide is None
+    resumed = run_runtime(own, tiny, **options, folder=tmp_path).gated.state_dict()
+    for name, value in run_runtime(own, tiny, **options).gated.state_dict().items():
+        assert torch.equal(value, resumed[name]), name
 
 
 def test_a_misspelt_method_is_refused_with_the_closest(task: Task) -> None:

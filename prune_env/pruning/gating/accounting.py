@@ -82,6 +82,10 @@ class Accounting:
         """Macs of the layers alone at these counts, without predictors."""
         return self._cost("macs", counts)
 
+    def even_macs(self, keep: float) -> float:
+        """Whole macs of the layers alone with the same share of channels in every gated layer: a budget."""
+        return float(np.floor(self.bare_macs(keep * self.full)))
+
     def params(self, kept: Int64[np.ndarray, "*batch layer"]) -> Float[np.ndarray, "*batch"]:
         """Stored parameters: the network's, the predictors' and one static score per channel."""
         # A predictor has as many weights as multiply-accumulates.

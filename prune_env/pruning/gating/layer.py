@@ -36,6 +36,21 @@ Decide = Callable[[Question], Bool[Tensor, "sample channel"]]
 """Answers a question with the channels that are active."""
 
 
+class RectifiedLinear(nn.Linear):
+    """A gate that is never negative: a linear layer and a rectifier (feature boosting and suppression)."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> RectifiedLinear:
+        """A copy of a linear layer, rectified."""
+        result = nn.utils.skip_init(cls, linear.in_features, linear.out_features, device=linear.weight.device)
+        result.load_state_dict(linear.state_dict())
+        return result.train(linear.training)
+
+    def forward(self, x: Float[Tensor, "sample input"]) -> Float[Tensor, "sample channel"]:
+        """`[sample, channel]` gates, never negative."""
+        return super().forward(x).relu()
+
+
 class GatedLayer(nn.Module):
     """A producer, its BatchNorm without scale and shift, and the predictor that takes their place.
 
@@ -104,7 +119,16 @@ class GatedLayer(nn.Module):
         active: Bool[Tensor, "sample channel"],
     ) -> Float[Tensor, "sample ..."]:
         """The layer's output, zero where a channel is not active."""
-        y = self.norm(self.producer(x))
+        return self.opened(self.norm(self.producer(x)), runtime, static, active)
+
+    def opened(
+        self,
+        y: Float[Tensor, "sample ..."],
+        runtime: Float[Tensor, "sample channel"],
+        static: Float[Tensor, " channel"],
+        active: Bool[Tensor, "sample channel"],
+    ) -> Float[Tensor, "sample ..."]:
+        """What the gates make of the normalised output."""
         scale, shift = self.gates(runtime, static, active)
         axes = self._positions(y)
         shape = [1 if axis in axes else size for axis, size in enumerate(y.shape)]

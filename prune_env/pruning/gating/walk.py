@@ -37,6 +37,21 @@ def _shapes_unchecked() -> Iterator[None]:
         jaxtyping.config.update("jaxtyping_disable", before)
 
 
+def unrolled(network: nn.Module) -> fx.GraphModule:
+    """A network's operations in order; gated layers are one operation each.
+
+    Raises:
+        ValueError: Its control flow depends on its input.
+    """
+    try:
+        with evaluating(network), _shapes_unchecked():
+            graph = _Tracer().trace(network)
+    except Exception as error:  # the tracer runs the network's own code, which may fail in any way
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the network cannot be walked layer by layer: {line}") from None
+    return fx.GraphModule(network, graph)
+
+
 class Walker:
     """A gated network as a sequence of operations that can stop at each gate.
 
@@ -56,14 +71,8 @@ class Walker:
     """
 
     def __init__(self, gated: GatedNetwork) -> None:
-        self.gated = gated
-        try:
-            with evaluating(gated.network), _shapes_unchecked():
-                graph = _Tracer().trace(gated.network)
-        except Exception as error:  # the tracer runs the network's own code, which may fail in any way
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the network cannot be walked layer by layer: {line}") from None
-        self.module = fx.GraphModule(gated.network, graph)
+        self.gated, self.module = gated, unrolled(gated.network)
+        graph = self.module.graph
         self._interpreter = fx.Interpreter(self.module)
         at = {id(layer): place for place, layer in enumerate(gated.layers)}
         called = ((node, node.op == "call_module" and gated.network.get_submodule(node.target)) for node in graph.nodes)

@@ -1,0 +1,80 @@
+"""Runs of `python -m agents.train runtime` that benchmarks share: made, resumed, or, if finished, only read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from agents import runtime_train
+from agents.cli import INTERRUPTED
+from agents.runtime_options import RuntimeTrainConfig
+
+Rows = dict[str, dict[str, Any]]
+
+
+def learned(config: RuntimeTrainConfig, runs: Path) -> Rows:
+    """The report of a run, with at least the rows `dense` and `learned`.
+
+    Args:
+        config: Of the run; threads must be given.
+        runs: Folder of run folders.
+
+    Raises:
+        ValueError: The run's folder holds a run with other settings, or a file of it is corrupt.
+        KeyboardInterrupt: The run was interrupted; the same call goes on with it.
+    """
+    path = runs / config.name
+    rows = finished(config, runs)
+    if rows is None:
+        order = ["--resume", str(path)] if path.exists() else [*arguments(config), "--runs", str(runs)]
+        if runtime_train.main(order) == INTERRUPTED:
+            raise KeyboardInterrupt
+        rows = finished(config, runs)
+    assert rows is not None
+    return rows
+
+
+def finished(config: RuntimeTrainConfig, runs: Path) -> Rows | None:
+    """The report of a run if it has come that far, else None.
+
+    Raises:
+        ValueError: The run's folder holds a run with other settings, or a file of it is corrupt.
+    """
+    path = runs / config.name
+    if not path.exists():
+        return None
+    held, wanted = runtime_train.config_of(path), _resolved(config)
+    if replace(held, threads=wanted.threads) != wanted:
+        ours, theirs = (json.loads(one.to_json()) for one in (wanted, held))
+        name = next(name for name in ours if ours[name] != theirs[name] and name != "threads")
+        raise ValueError(f"{path} holds a run with {name} {theirs[name]}, not {ours[name]}; choose another folder")
+    report = path / "report.json"
+    try:
+        rows = json.loads(report.read_text()) if report.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{report} is corrupt: {error}") from None
+    return rows if "learned" in rows else None
+
+
+def arguments(config: RuntimeTrainConfig) -> list[str]:
+    """The command line of a run: the fields that are not at their default."""
+    usual = json.loads(RuntimeTrainConfig().to_json())
+    listed: list[str] = []
+    for name, value in json.loads(config.to_json()).items():
+        if value != usual[name]:
+            listed += [f"--{name.replace('_', '-')}", str(value)]
+    return listed
+
+
+def network_epochs(config: RuntimeTrainConfig) -> int:
+    """Epochs that the network is trained for in all stages of a run."""
+    plan = config.stages
+    return plan.gates + plan.scores + plan.rounds * plan.network + plan.final
+
+
+def _resolved(config: RuntimeTrainConfig) -> RuntimeTrainConfig:
+    """As the command writes it."""
+    weights = None if config.weights is None else str(Path(config.weights).expanduser().resolve())
+    return replace(config, weights=weights)

@@ -1,0 +1,193 @@
+"""Runtime pruning at one budget of mean macs: dense, static only, FBS, runtime only, both.
+
+The budget is what the same share of channels in every layer costs, predictors not counted; what each row costs counts
+them. All rows have the same dense network and the same epochs of training. `static`, `runtime` and `both` are runs of
+`agents.train runtime` at trust 0, 1 and .5; `fbs`, `runtime_uniform` and `static_uniform` are baselines with the same
+share in every layer. What was interrupted goes on, what is finished is only read.
+
+    python -m benchmarks.runtime_table --task cifar10-m-cifarnet --weights FILE.safetensors --keep 0.5 \
+        --schedule short --seeds 0 --threads 2 --runs DIR
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+
+from agents.cli import stages
+from agents.runtime_options import RuntimeTrainConfig
+from agents.runtime_train import task_of
+from baselines.runtime import RUNTIME_METHODS, attached, run_runtime
+from benchmarks.runtime_runs import learned, network_epochs
+from prune_env.files import write
+from prune_env.gates import gate_settings
+from prune_env.pruning.gating.accounting import Accounting
+from prune_env.pruning.measure import Meter
+from prune_env.tasks.training.settings import DTYPES
+
+TRUSTS = {"static": 0.0, "runtime": 1.0, "both": 0.5}
+"""Row -> trust of the run that it is."""
+
+NAMES = {
+    "static": "static only, R = 0",
+    "fbs": "FBS",
+    "runtime": "runtime only, R = 1",
+    "both": "both, R = .5",
+    "runtime_uniform": "runtime scores, even share",
+    "static_uniform": "static scores, even share",
+}
+"""Row -> what the table calls it, in the table's order."""
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The table of runtime pruning."""
+
+    task: str = "digits-cnn"
+    """Task name."""
+    weights: str | None = None
+    """File with the dense weights; without it the network is trained, or loaded from the cache."""
+    keep: float = 0.5
+    """The share which, kept in every layer, costs the budget."""
+    schedule: str | None = None
+    """Lengths of the stages; the task's own by default."""
+    rows: tuple[str, ...] = ("static", "fbs", "runtime", "both")
+    """Rows to make, of static, fbs, runtime, both, runtime_uniform and static_uniform."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of splits, trainings and agents."""
+    threads: int = 1
+    """CPU threads."""
+    runs: Path = Path("runs")
+    """Folder of the runs."""
+    records: Path | None = None
+    """Folder of the finished rows, one small JSON file each; `records` in the folder of the runs by default."""
+    epochs: int | None = None
+    """Epochs of the dense training; the task's own by default."""
+    only_print: bool = False
+    """Print the rows that are recorded, and make none."""
+
+    def __post_init__(self) -> None:
+        for name in self.rows:
+            if name not in NAMES:
+                raise ValueError(f"row {name!r} is unknown; allowed: {', '.join(NAMES)}")
+
+    def config(self, seed: int, trust: float = 0.5) -> RuntimeTrainConfig:
+        """The run of one seed at one trust."""
+        return RuntimeTrainConfig(
+            task=self.task,
+            weights=self.weights,
+            epochs=self.epochs,
+            keep=self.keep,
+            runtime_trust=trust,
+            schedule=self.schedule,
+            threads=self.threads,
+            seed=seed,
+        )
+
+    def record(self, row: str, seed: int) -> Path:
+        """Where a row is recorded."""
+        folder = self.records or self.runs / "records"
+        schedule = "" if self.schedule is None else f"-{self.schedule}"
+        return folder / f"{self.task}-keep{self.keep:g}{schedule}-{row}-seed{seed}.json"
+
+
+def agents_row(settings: Settings, row: str, seed: int) -> Record:
+    """A row that agents learn."""
+    config = settings.config(seed, TRUSTS[row])
+    rows = learned(config, settings.runs)
+    dense = {split: rows["dense"][split]["accuracy"] for split in ("search", "test")}
+    found = {name: rows["learned"][name] for name in ("search", "test", "offset", "static_keep", "kept")}
+    return {"dense": dense, "epochs": network_epochs(config), "trust": config.runtime_trust, **found}
+
+
+def baseline_row(settings: Settings, row: str, seed: int) -> Record:
+    """A row with the same share in every layer, trained for as many epochs."""
+    config = settings.config(seed)
+    with stages(Console()) as tell:
+        task = task_of(config, progress=tell)
+        budget = Accounting.of(attached(task)).even_macs(settings.keep)
+        result = run_runtime(
+            row,
+            task,
+            epochs=network_epochs(config),
+            budget=budget,
+            seed=seed,
+            progress=tell,
+            folder=settings.runs / f"{settings.task}-keep{settings.keep:g}-baselines-{row}-seed{seed}",
+            threads=settings.threads,
+        )
+        dtype = DTYPES[gate_settings(task, epochs=1).dtype]
+        dense = {
+            name: Meter(*split.take(len(split)), dtype=dtype).accuracy_and_loss(task.network)[0]
+            for name, split in (("search", task.search), ("test", task.test))
+        }
+    found = {"search": result.search.row(), "test": result.test.row(), "found_keep": result.keep}
+    return {"dense": dense, "epochs": network_epochs(config), "trust": result.trust, **found}
+
+
+def made(settings: Settings, row: str, seed: int, make: Callable[[Settings, str, int], Record]) -> Record:
+    """A row from its record, or made and recorded."""
+    file = settings.record(row, seed)
+    if file.exists():
+        return json.loads(file.read_text())
+    facts = {"row": row, "seed": seed, "task": settings.task, "keep": settings.keep, "schedule": settings.schedule}
+    record = {**facts, **make(settings, row, seed)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write(file, json.dumps(record, indent=2))
+    return record
+
+
+def table(records: Sequence[Record]) -> str:
+    """The rows as a Markdown table: means over seeds, then each seed's accuracy and its distance to dense."""
+    lines = [
+        "| decisions | test accuracy, % | against dense | faster, macs | macs, 5-95 % | params | by seed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    dense = {record["seed"]: record["dense"]["test"] for record in records}
+    if dense:
+        seeds = ", ".join(f"{100 * value:.2f}" for _, value in sorted(dense.items()))
+        lines.append(f"| dense | {100 * np.mean(list(dense.values())):.2f} | | 1.00x | 1.000 | 1.00 | {seeds} |")
+    for row, name in NAMES.items():
+        some = sorted((record for record in records if record["row"] == row), key=lambda record: record["seed"])
+        if not some:
+            continue
+        tests = [record["test"] for record in some]
+        accuracies = [100 * test["accuracy"] for test in tests]
+        drops = [a - 100 * record["dense"]["test"] for a, record in zip(accuracies, some, strict=True)]
+        low, high = (np.mean([test["dynamic_macs_percentiles"][p] for test in tests]) for p in ("5", "95"))
+        macs, params = (float(np.mean([test[key] for test in tests])) for key in ("dynamic_macs_share", "params_share"))
+        seeds = ", ".join(f"{a:.2f} ({d:+.2f})" for a, d in zip(accuracies, drops, strict=True))
+        lines.append(
+            f"| {name} | {np.mean(accuracies):.2f} | {np.mean(drops):+.2f} | {1 / macs:.2f}x "
+            f"| {low:.3f}-{high:.3f} | {params:.2f} | {seeds} |"
+        )
+    return "\n".join(lines)
+
+
+def recorded(settings: Settings) -> list[Record]:
+    """The wanted rows that are recorded."""
+    files = (settings.record(row, seed) for seed in settings.seeds for row in settings.rows)
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def main(settings: Settings) -> None:
+    """Make what is missing and print the table."""
+    torch.set_num_threads(settings.threads)
+    for seed in () if settings.only_print else settings.seeds:
+        for row in settings.rows:
+            made(settings, row, seed, baseline_row if row in RUNTIME_METHODS else agents_row)
+    print(table(recorded(settings)))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

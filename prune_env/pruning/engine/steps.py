@@ -1,0 +1,331 @@
+"""Steps of a program: one layer each, with its weights laid out for the kernel."""
+
+from __future__ import annotations
+
+from ctypes import byref
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from prune_env.pruning.engine import native
+from prune_env.pruning.engine.anatomy import Anatomy, Choice
+from prune_env.pruning.gating.layer import GatedLayer, RectifiedLinear
+
+BLOCK = 64
+"""Outputs that lie together in a weight: `BLOCK` of kernel.c."""
+
+
+def runnable(module: Any) -> bool:
+    """Whether the kernel can run a layer: a linear one, or a plain two-dimensional convolution."""
+    if type(module) is nn.Linear:
+        return True
+    plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
+    return plain and not isinstance(module.padding, str)
+
+
+class Reader:
+    """Which inputs of a layer are channels of gated layers."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[int, np.ndarray | None, np.ndarray | None]] = []
+
+    def add(self, layer: int, index: tuple[int, ...] | None, unit: tuple[int, ...] | None) -> None:
+        """Positions `index` belong to channels `unit` of a gated layer; None for one by one."""
+        pair = (None, None) if index is None else (np.array(index), np.array(unit))
+        self.parts.append((layer, *pair))
+
+    def only(self, layer: int, width: int) -> bool:
+        """Whether the whole input is the channels of this gated layer, in their order."""
+        (first, index, unit), *others = self.parts
+        whole = index is None or (len(index) == width and bool((np.diff(unit) >= 0).all()))
+        return not others and first == layer and whole
+
+
+class Flow:
+    """What goes from step to step beside the maps: who is active, and what the policy remembers.
+
+    Args:
+        deployed: The network that runs.
+    """
+
+    def __init__(self, deployed: Anatomy) -> None:
+        # Not the network itself: its program lives as long as it does, and must not keep it alive.
+        self.choices, self.costs, self.kernel = list(deployed.choices), deployed.costs, native.kernel()
+        widths = [layer.channels for layer in deployed.layers]
+        self.active = [torch.zeros(width, dtype=torch.int32) for width in widths]
+        self.pointers = [active.data_ptr() for active in self.active]
+        self.kept = [0] * len(widths)
+        self.whole = [False] * len(widths)
+        self.threads = 1
+        self._space, self._room = torch.zeros(0), 0
+        self._tensors: list[Tensor] = []
+        self.learned, self.policy, self.memory = deployed.policy, None, None
+        if self.learned is not None:
+            self.policy, self.memory = self._policy(), self._memory()
+
+    def begin(self, threads: int) -> None:
+        """A new input."""
+        self.threads = threads
+        if self.policy is not None:
+            self.kernel.begin(byref(self.policy), byref(self.memory))
+
+    def counts(self) -> Int64[Tensor, " layer"]:
+        """Active channels of each gated layer."""
+        return torch.tensor(self.kept)
+
+    def space(self, room: int) -> int:
+        """Address of a workspace with so many numbers for each thread."""
+        if room * self.threads > self._room:
+            self._room = room * self.threads
+            self._space = torch.zeros(self._room)
+        return self._space.data_ptr()
+
+    def pin(self, values: Tensor, dtype: torch.dtype = torch.float32) -> int:
+        """Address of a copy that lives as long as the program."""
+        values = values.detach().to(dtype).contiguous()
+        self._tensors.append(native.paged(values) if values.nbytes >= native.HUGE_PAGE // 2 else values.clone())
+        return self._tensors[-1].data_ptr()
+
+    def _policy(self) -> native.Policy:
+        policy, costs = self.learned, self.costs
+        names = ("recurrent", "encoded", "spent", "previous", "head")
+        return native.Policy(
+            hidden=len(policy.head),
+            **{name: self.pin(getattr(policy, name)) for name in names},
+            head_bias=policy.head_bias,
+            least=policy.least,
+            dense_macs=costs.dense_macs,
+            spent_first=float(costs.macs([])) / costs.dense_macs,
+            terms=len(costs.weight),
+            weight=self.pin(costs.weight, torch.float64),
+            first=self.pin(costs.offset[0], torch.float64),
+            second=self.pin(costs.offset[1], torch.float64),
+        )
+
+    def _memory(self) -> native.Memory:
+        hidden, terms = torch.zeros(len(self.learned.head)), self.costs.offset[0]
+        return native.Memory(
+            hidden=self.pin(hidden),
+            cell=self.pin(hidden),
+            first=self.pin(terms, torch.float64),
+            second=self.pin(terms, torch.float64),
+        )
+
+    def seat(self, at: int) -> native.Seat:
+        """The policy's place in front of a gated layer."""
+        seat, costs = self.learned.seats[at], self.costs
+        names = ("pooled", "runtime", "encoder_bias", "recurrent_bias")
+        (pooled_mean, pooled_factor), (runtime_mean, runtime_factor) = seat.sees
+        return native.Seat(
+            **{name: self.pin(getattr(seat, name)) for name in names},
+            pooled_mean=pooled_mean,
+            pooled_factor=pooled_factor,
+            runtime_mean=runtime_mean,
+            runtime_factor=runtime_factor,
+            even=seat.even,
+            constant_macs=float(costs.constant[at + 1]),
+            first=self.pin(costs.slope[0, at], torch.float64),
+            second=self.pin(costs.slope[1, at], torch.float64),
+        )
+
+
+class LayerStep:
+    """A convolution or linear layer on its active inputs.
+
+    Args:
+        module: The layer.
+        flow: What goes along with the maps.
+        norm: BatchNorm behind it, folded in.
+        rectify: Whether a rectifier follows, folded in.
+        reader: Which inputs are channels of gated layers.
+    """
+
+    def __init__(
+        self, module: nn.Module, flow: Flow, *, norm: nn.Module | None, rectify: bool, reader: Reader | None
+    ) -> None:
+        self.flow, self.kernel, self.linear = flow, flow.kernel, isinstance(module, nn.Linear)
+        weight = module.weight.detach().float()
+        outputs, inputs = weight.shape[:2]
+        blocks = -(-outputs // BLOCK)
+        rows = torch.zeros(weight[0, 0].numel(), inputs, blocks * BLOCK)
+        rows[..., :outputs] = weight.flatten(2).permute(2, 1, 0) if weight.dim() > 2 else weight.t()[None]
+        rows = rows.unflatten(2, (blocks, BLOCK)).permute(2, 0, 1, 3)
+        scale, shift = _folded(module, norm)
+        sizes = ((1, 1), (1, 1), (0, 0), (1, 1)) if self.linear else _sizes(module)
+        self.layer = native.Layer(
+            inputs, outputs, *sizes, flow.pin(rows), flow.pin(scale), flow.pin(shift), int(rectify)
+        )
+        self.reference = byref(self.layer)
+        self.outputs, self.reader, self.sizes = outputs, reader, sizes
+        self._whole = reader is None or not any(reader.parts)
+        self._tables = {} if reader is None else _tables(reader)
+        self._spaces: dict[tuple[int, int], int] = {}
+        self._read = np.zeros(inputs, dtype=np.int32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        x, height, width = self._laid_out(x)
+        return self._convolve(
+            x, height, width, *self._source(x), None, self.outputs, self.layer.scale, self.layer.shift
+        )
+
+    def _laid_out(self, x: Tensor) -> tuple[Tensor, int, int]:
+        """The map as the kernel reads it, its height and width."""
+        if self.linear:
+            return x.contiguous(), 1, x.numel() // x.shape[-1]
+        return x.contiguous(memory_format=torch.channels_last), x.shape[2], x.shape[3]
+
+    def _source(self, x: Tensor) -> tuple[int | None, int | None, int, int]:
+        """Which channels of the map are read, which stored inputs they are, how many, and how many the map has."""
+        held = x.shape[-1 if self.linear else 1]
+        if self._whole:
+            return None, None, held, held
+        flow, (layer, index, _) = self.flow, self.reader.parts[0]
+        if not flow.whole[layer]:
+            if index is None:
+                return None, flow.pointers[layer], held, held
+            kept = self._tables[layer][flow.active[layer].numpy()[: flow.kept[layer]]].ravel()
+            self._read[:held] = kept
+            return None, self._read.ctypes.data, held, held
+        positions = np.ones(held, dtype=bool)
+        for layer, index, unit in self.reader.parts:
+            open_ = np.zeros(len(flow.active[layer]), dtype=bool)
+            open_[flow.active[layer].numpy()[: flow.kept[layer]]] = True
+            if index is None:
+                positions &= open_
+            else:
+                positions[index] &= open_[unit]
+        read = positions.nonzero()[0]
+        self._read[: len(read)] = read
+        return self._read.ctypes.data, self._read.ctypes.data, len(read), held
+
+    def _convolve(
+        self, x: Tensor, height: int, width: int, source: int | None, inputs: int | None, channels: int, held: int,
+        chosen: int | None, outputs: int, scale: int, shift: int,
+    ) -> Tensor:  # fmt: skip
+        key = (height, width)
+        if key not in self._spaces:
+            self._spaces[key] = self.kernel.convolve_space(self.reference, height, width)
+        flow = self.flow
+        if self.linear:
+            y = torch.empty((*x.shape[:-1], outputs))
+        else:
+            (kernel, stride, padding, dilation) = self.sizes
+            size = [
+                (n + 2 * p - d * (k - 1) - 1) // s + 1
+                for n, k, s, p, d in zip(key, kernel, stride, padding, dilation, strict=True)
+            ]
+            y = torch.empty((1, outputs, *size), memory_format=torch.channels_last)
+        self.kernel.convolve(
+            self.reference, x.data_ptr(), height, width, held, source, inputs, channels, chosen, outputs,
+            scale, shift, y.data_ptr(), flow.space(self._spaces[key]), flow.threads,
+        )  # fmt: skip
+        return y
+
+
+class GateStep(LayerStep):
+    """A gated layer: it decides which of its outputs are active, and computes those.
+
+    Args:
+        gated: The gated layer.
+        flow: What goes along with the maps.
+        at: Its place among the gated layers.
+        rectify: Whether a rectifier follows, folded in.
+        reader: Which inputs are channels of gated layers.
+
+    Attributes:
+        whole: Whether inactive channels are put back as zeros: what follows does not treat channels alike.
+    """
+
+    def __init__(self, gated: GatedLayer, flow: Flow, at: int, *, rectify: bool, reader: Reader | None) -> None:
+        norm = gated.norm if isinstance(gated.norm, nn.Module) and not isinstance(gated.norm, nn.Identity) else None
+        super().__init__(gated.producer, flow, norm=norm, rectify=rectify, reader=reader)
+        self.at, choice = at, flow.choices[at]
+        self.gate = _gate(gated, choice, flow)
+        self.seat = None if flow.policy is None else byref(flow.seat(at))
+        self.factors = torch.zeros(2, self.outputs)
+        self.scale, self.shift = (row.data_ptr() for row in self.factors)
+
+    @property
+    def whole(self) -> bool:
+        """Whether inactive channels are put back as zeros."""
+        return self.flow.whole[self.at]
+
+    @whole.setter
+    def whole(self, value: bool) -> None:
+        self.flow.whole[self.at] = value
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The active channels of the layer's output; all of them, zeros included, where it is to be whole."""
+        flow, at = self.flow, self.at
+        x, height, width = self._laid_out(x)
+        source, inputs, channels, held = self._source(x)
+        memory = None if self.seat is None else byref(flow.memory)
+        policy = None if self.seat is None else byref(flow.policy)
+        # A whole map holds zeros where a channel is not active: its mean needs no list of those that are.
+        read, seen = (None, held) if source is not None else (inputs, channels)
+        kept = self.kernel.decide(
+            self.reference, byref(self.gate), policy, self.seat, memory, x.data_ptr(), height * width, read, seen,
+            flow.pointers[at], self.scale, self.shift,
+        )  # fmt: skip
+        flow.kept[at] = kept
+        y = self._convolve(
+            x, height, width, source, inputs, channels, held, flow.pointers[at], kept, self.scale, self.shift
+        )
+        if not flow.whole[at]:
+            return y
+        shape, axis = list(y.shape), y.dim() - 1 if self.linear else 1
+        shape[axis] = self.outputs
+        layout = torch.contiguous_format if self.linear else torch.channels_last
+        full = torch.zeros(shape).contiguous(memory_format=layout)
+        return full.index_copy_(axis, flow.active[at][:kept].long(), y)
+
+
+def _gate(gated: GatedLayer, choice: Choice, flow: Flow) -> native.Gate:
+    # Lowest static score first; of equal ones the higher index, as in the trade-off's order turned round.
+    behind = choice.score.argsort(descending=True, stable=True).flip(0)
+    return native.Gate(
+        full=choice.full,
+        rectify=int(isinstance(gated.gate, RectifiedLinear)),
+        weight=flow.pin(gated.gate.weight.t()),
+        bias=flow.pin(gated.gate.bias),
+        shift=flow.pin(gated.shift),
+        score=flow.pin(choice.score),
+        doubted=flow.pin(choice.doubted, torch.uint8),
+        behind=flow.pin(behind, torch.int32),
+        trust=choice.trust,
+        keep=choice.keep,
+    )
+
+
+def _folded(module: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """Scale and shift that the norm (or a bias) is, in evaluation mode."""
+    outputs = len(module.weight)
+    bias = torch.zeros(outputs) if module.bias is None else module.bias.detach().float()
+    if norm is None:
+        return torch.ones(outputs), bias
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.detach().double()
+    shift = (bias.double() - norm.running_mean.double()) * scale
+    if norm.affine:
+        shift = shift + norm.bias.detach().double()
+    return scale.float(), shift.float()
+
+
+def _sizes(module: nn.Conv2d) -> tuple[tuple[int, int], ...]:
+    return tuple((int(pair[0]), int(pair[1])) for pair in (
+        module.kernel_size, module.stride, module.padding, module.dilation,
+    ))  # fmt: skip
+
+
+def _tables(reader: Reader) -> dict[int, np.ndarray]:
+    """Gated layer -> `[channel, position]` where a flatten gives every channel the same number of positions."""
+    tables = {}
+    for layer, index, unit in reader.parts:
+        if index is not None and len(index) % (unit.max() + 1) == 0:
+            tables[layer] = index.reshape(unit.max() + 1, -1).astype(np.int32)
+    return tables
