@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from agents.algorithms import ALGORITHMS
 from prune_env.config import EnvConfig
+from prune_env.tasks.dense import parse_name
 
 
 @dataclass(frozen=True)
@@ -158,3 +159,15 @@ def _integer(name: str, value: object, least: int) -> None:
 
 DEMONSTRATION = TrainConfig(budget=0.15, episodes=150, seeds=(0, 1, 2), threads=1)
 """What a run without arguments shows: a digits network at a budget at which the uniform plan visibly loses."""
+
+
+def own_package(task: str, network: str | None) -> tuple[str, ...]:
+    """The package of a network of one's own, whose classes a stored network is made of.
+
+    Args:
+        task: Task name.
+        network: Other network than the task's.
+    """
+    _, name = parse_name(task, network)
+    own = ":" in name and not name.startswith("torchvision:")
+    return (name.split(":")[0].split(".")[0],) if own else ()

@@ -15,14 +15,13 @@ from rich.table import Table
 
 from agents import runtime_evaluate
 from agents.cli import guarded, parse
-from agents.config import TrainConfig
+from agents.config import own_package
 from agents.record import RunFolder
 from agents.report import Row, measure_test
 from agents.runtime_options import is_runtime
 from agents.train import make_task_of, problem_of
 from prune_env.pruning import archive
 from prune_env.pruning.measure import count_macs, count_params, measure_latency
-from prune_env.tasks.dense import parse_name
 
 DISAGREES = 1
 
@@ -46,7 +45,7 @@ def _main(arguments: list[str]) -> int:
     order = parse(Order, arguments, program="python -m agents.evaluate")
     run, console = RunFolder.open(order.run), Console()
     if is_runtime(order.run):
-        return runtime_evaluate.evaluate(order.run, console)
+        return runtime_evaluate.evaluate(order.run, console, threads=order.threads)
     recorded = run.report.get("learned")
     if recorded is None or not (order.run / "model.safetensors").exists():
         raise ValueError(f"{order.run} is not finished: python -m {run.config.program} --resume {order.run}")
@@ -79,7 +78,8 @@ def replay(run: RunFolder, *, threads: int = 1) -> tuple[Row, dict[str, Any]]:
     task = make_task_of(config)
     problem = problem_of(task, config)
     plan.check(problem.graph)
-    network, stored = problem.evaluator.realise(plan), archive.load(run.path, allow=own_package(config))
+    network = problem.evaluator.realise(plan)
+    stored = archive.load(run.path, allow=own_package(config.task, config.network))
     accuracy, loss = problem.evaluator.meter.accuracy_and_loss(network)
     test_accuracy, test_loss = measure_test(task, network, config.device)
     found: Row = {
@@ -107,13 +107,6 @@ def disagreements(recorded: Row, found: Row) -> list[str]:
         if not same:
             lines.append(f"{name} is {value}, recorded {recorded.get(name)}")
     return lines
-
-
-def own_package(config: TrainConfig) -> tuple[str, ...]:
-    """The package of a network of one's own, whose classes the stored network is made of."""
-    _, network = parse_name(config.task, config.network)
-    own = ":" in network and not network.startswith("torchvision:")
-    return (network.split(":")[0].split(".")[0],) if own else ()
 
 
 def _table(path: Path, recorded: Row, found: Row) -> Table:

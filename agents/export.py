@@ -12,9 +12,11 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from agents import runtime_report, runtime_train
 from agents.cli import guarded, parse
-from agents.evaluate import own_package
+from agents.config import own_package
 from agents.record import RunFolder
+from agents.runtime_options import RuntimeTrainConfig, is_runtime
 from prune_env.pruning import archive
 from prune_env.pruning.measure import count_params
 
@@ -27,6 +29,8 @@ class Order:
     """The run's folder."""
     out: Path
     """Folder to write; it must not exist, or be empty."""
+    budget: float | None = None
+    """Of a runtime run: another budget than its own, which its agents are asked for anew."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,10 +41,17 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     order = parse(Order, arguments, program="python -m agents.export")
     run = RunFolder.open(order.run)
-    if not (order.run / "model.safetensors").exists():
-        raise ValueError(f"{order.run} is not finished: python -m {run.config.program} --resume {order.run}")
-    network = archive.load(order.run, allow=own_package(run.config))
-    archive.save(network, run.plan, order.out)
+    config = runtime_train.config_of(order.run) if is_runtime(order.run) else run.config
+    if not (order.run / archive.MODEL).exists():
+        raise ValueError(f"{order.run} is not finished: python -m {config.program} --resume {order.run}")
+    plan = archive.load_plan(order.run)
+    if order.budget is None:
+        network = archive.load(order.run, allow=own_package(config.task, config.network))
+    elif isinstance(config, RuntimeTrainConfig):
+        network, plan = runtime_report.redeployed(order.run, config, order.budget)
+    else:
+        raise ValueError(f"budget is {order.budget}; only runtime runs serve several budgets, {order.run} is none")
+    archive.save(network, plan, order.out)
     Console().print(
         f"{order.out}: {count_params(network):,} parameters; load it with prune_env.load({str(order.out)!r})"
     )

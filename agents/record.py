@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.config import TrainConfig
 from agents.episode import Episode, Memory
 from agents.search_config import config_of
 from prune_env.files import write
+from prune_env.pruning import archive
 from prune_env.pruning.plan import Plan
 
 VERSION = 1
@@ -226,3 +227,12 @@ def _forget(folders: list[Path]) -> None:
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def save_network(folder: Path, network: nn.Module, plan: Plan) -> None:
+    """Put the network into a folder that holds other files too; the tensors come last, and mark the run as finished."""
+    with tempfile.TemporaryDirectory(prefix=".model.", dir=folder) as draft:
+        made = Path(draft) / "model"
+        archive.save(network, plan, made)
+        for file in sorted(made.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+            os.replace(file, folder / file.name)

@@ -6,10 +6,13 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from agents.config import unknown
 from agents.runtime_agent import PpoSettings
+from prune_env.config import make_task
 from prune_env.runtime_config import RuntimeConfig
+from prune_env.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class RuntimeTrainConfig:
     Raises:
         ValueError: A value that is not allowed; names the field, the value and what is.
     """
+
+    program: ClassVar[str] = "agents.train runtime"
 
     task: str = "digits-cnn"
     """Task name, <data>-<network>."""
@@ -163,6 +168,12 @@ class RuntimeTrainConfig:
             if name not in known:
                 raise ValueError(unknown("field", name, known))
         return cls(**record)
+
+
+def task_of(config: RuntimeTrainConfig, *, progress: Any = None) -> Task:
+    """The task of a run, with its dense measurement."""
+    options = dataclasses.asdict(config.env().task)
+    return make_task(options.pop("task"), progress=progress, **options)
 
 
 def is_runtime(path: Path) -> bool:

@@ -9,15 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from agents.record import save_network
 from agents.runtime_agent import static_keeps
+from agents.runtime_deploy import deployed_network
+from agents.runtime_options import RuntimeTrainConfig, task_of
 from agents.runtime_stages import RuntimeLearner, Tell
 from prune_env.files import write
+from prune_env.pruning.engine.deployed import DeployedNetwork, plan_of, static_decisions
+from prune_env.pruning.engine.measurement import measure_deployed
 from prune_env.pruning.gating.fixed import FixedDecisions
 from prune_env.pruning.gating.layer import Decide
 from prune_env.pruning.gating.measurement import RuntimeMeasurement, measure_runtime
 from prune_env.pruning.gating.tradeoff import decide_static
 from prune_env.pruning.gating.walk import everything
-from prune_env.pruning.measure import Meter
+from prune_env.pruning.measure import Meter, count_params
+from prune_env.pruning.plan import Plan
 from prune_env.tasks.images import Split
 from prune_env.tasks.task import Task
 
@@ -43,9 +49,10 @@ class RuntimeReporter:
     def rows(self) -> dict[str, dict[str, Any]]:
         """All rows, also written as `report.json`; a row that is there is not measured again.
 
-        `dense` is the network that the run began with, `open` the trained one with every channel active, `learned` the
-        agents' mean decisions, `mean` gives every image the learned mean share of each layer, `even` the same share in
-        all layers. The last three are moved by one number, found on the search split, to meet the budget in the mean.
+        `dense` is the network that the run began with, `open` the trained one with every channel active. `learned` is
+        the network that is deployed, with the agents' mean decisions; its agent counts as stored. `mean` gives every
+        image the learned mean share of each layer, `even` the same share in all layers. The last three are moved by one
+        number, found on the search split, to meet the budget in the mean.
 
         At trust 0 the static shares alone decide: they meet the budget already, `even` is the even static share moved
         likewise, and `mean` is left out, because it would be `learned`.
@@ -61,9 +68,11 @@ class RuntimeReporter:
             write(path, json.dumps(rows, indent=2))
         if "learned" not in rows:
             offset = self._offset(lambda value: learner.decisions(offset=value), kept)
-            decisions = learner.decisions(offset=offset)
-            row = self._row(decisions, kept, {"offset": offset})
-            shares = self._shares(decisions)
+            deployed = deployed_network(learner, offset=offset)
+            search, test = (self.deployed(deployed, split).row() for split in (self.task.search, self.task.test))
+            agent = 0 if deployed.policy is None else count_params(deployed.policy)
+            row = {"search": search, "test": test, "offset": offset, "agent_params": agent}
+            shares = self._shares(learner.decisions(offset=offset))
             row |= {"runtime_keep_mean": shares.mean(1).tolist(), "runtime_keep_spread": shares.std(1).tolist()}
             rows["learned"] = row | {"static_keep": list(self.statics or ()), "kept": kept.tolist()}
             write(path, json.dumps(rows, indent=2))
@@ -100,9 +109,17 @@ class RuntimeReporter:
         except ValueError as error:
             raise ValueError(f"{path} is corrupt: {error}") from None
 
-    def again(self, recorded: dict[str, Any]) -> dict[str, Any]:
-        """The learned row measured once more, under the recorded offset."""
-        return self._row(self.learner.decisions(offset=recorded["offset"]), self.kept(), {})
+    def store(self) -> None:
+        """Put the network that is deployed into the run's folder; it marks the run as finished."""
+        row = self.recorded()["learned"]
+        plan = stored_plan(self.learner, self.statics)
+        means = dict(zip(plan.keep, row["runtime_keep_mean"], strict=True))
+        network = deployed_network(self.learner, offset=row["offset"])
+        save_network(self.folder, network, Plan(plan.keep, runtime_keep=means))
+
+    def deployed(self, network: DeployedNetwork, split: Split) -> RuntimeMeasurement:
+        """The deployed network on a split."""
+        return measure_deployed(network, split.batches(BATCH), dtype=self.learner.problem.dtype)
 
     def kept(self, statics: Sequence[float] | None = None) -> np.ndarray:
         """`[layers]` channels that are stored under some static shares; without any, under the learned ones."""
@@ -151,3 +168,29 @@ class RuntimeReporter:
             measure_runtime(problem.gated, decide, [(images, labels)], dtype=problem.dtype)
             shares.append(np.stack(decide.passage.keeps))
         return np.concatenate(shares, axis=1)
+
+
+def stored_plan(learner: RuntimeLearner, statics: Sequence[float] | None) -> Plan:
+    """The channels that static shares leave; all of them without any."""
+    gated = learner.problem.gated
+    keeps = (1.0,) * len(gated.names) if statics is None else statics
+    return plan_of(gated, static_decisions(gated, keeps, learner.problem.trust))
+
+
+def redeployed(folder: Path, config: RuntimeTrainConfig, budget: float) -> tuple[DeployedNetwork, Plan]:
+    """The network of a finished run at another budget: its agents are asked anew.
+
+    Args:
+        folder: The run's folder.
+        config: The run's.
+        budget: Share of the dense macs, or a number of macs. It is what agents are told; the run's own offset stays.
+
+    Raises:
+        ValueError: A budget that cannot be reached, or a file that is corrupt.
+    """
+    task = task_of(config)
+    learner = RuntimeLearner(task, config, folder)
+    learner.restore()
+    offset = RuntimeReporter(task, learner, folder, lambda *_: None).recorded()["learned"]["offset"]
+    network = deployed_network(learner, offset=offset, budget=budget)
+    return network, stored_plan(learner, learner.statics(learner.problem.budget_of(budget)))

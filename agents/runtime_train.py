@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +19,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from agents.cli import INTERRUPTED, parse, stages
 from agents.record import refuse_existing
-from agents.runtime_options import RuntimeTrainConfig
+from agents.runtime_options import RuntimeTrainConfig, task_of
 from agents.runtime_report import RuntimeReporter
 from agents.runtime_stages import RuntimeLearner
-from prune_env.config import make_task
 from prune_env.files import sweep, write
-from prune_env.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,6 @@ def config_of(path: Path) -> RuntimeTrainConfig:
         raise ValueError(f"{file} is corrupt: {str(error).splitlines()[0]}") from None
 
 
-def task_of(config: RuntimeTrainConfig, *, progress: Any = None) -> Task:
-    """The task of a run, with its dense measurement."""
-    options = asdict(config.env().task)
-    return make_task(options.pop("task"), progress=progress, **options)
-
-
 def _run(config: RuntimeTrainConfig, path: Path, console: Console) -> dict[str, dict[str, Any]]:
     """One run from where it is to its end; its rows.
 
@@ -108,7 +100,9 @@ def _run(config: RuntimeTrainConfig, path: Path, console: Console) -> dict[str, 
             console.print(f"stage {at + 1}: {learner.history[-1]['kind']}: {said}")
 
         learner.run(tell, log)
-        rows = RuntimeReporter(task, learner, path, tell).rows()
+        reporter = RuntimeReporter(task, learner, path, tell)
+        rows = reporter.rows()
+        reporter.store()
         for name, row in rows.items():
             writer.add_scalar(f"final/{name}_test_accuracy", float(row["test"]["accuracy"]), 0)
         writer.close()
@@ -132,7 +126,7 @@ def table(config: RuntimeTrainConfig, rows: dict[str, dict[str, Any]]) -> Table:
     """The final table."""
     built = Table(
         title=f"{config.task}, runtime trust {config.runtime_trust:g}",
-        caption="macs: mean over test images, predictors counted; params: stored, predictors counted",
+        caption="macs: mean over test images, predictors counted; params: stored, predictors and agent counted",
         title_style="bold",
     )
     built.add_column("decisions")

@@ -22,11 +22,11 @@ from agents import plot
 from agents.callbacks import Bar, TensorBoard
 from agents.cli import INTERRUPTED, guarded, parse, stages
 from agents.episode import PHASES, Episode, Memory
-from agents.record import RunFolder, refuse_existing
+from agents.record import RunFolder, refuse_existing, save_network
 from agents.report import Reporter, Row, table, uniform_plan
 from agents.search import Observer, best_plan, settings_of
 from agents.search_config import SearchConfig
-from agents.train import finished, make_task_of, problem_of, save_network
+from agents.train import finished, make_task_of, problem_of
 from baselines.allocate import Counts
 from baselines.method import Case, case_of, plan_of
 from baselines.search import begin, search_method, terms

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,21 +12,18 @@ import torch
 import tyro
 from rich.console import Console
 from stable_baselines3.common.vec_env import VecEnv
-from torch import nn
 
 from agents import plot
 from agents.callbacks import Bar, TensorBoard
 from agents.cli import INTERRUPTED, guarded, parse, stages
 from agents.config import DEMONSTRATION, TrainConfig
-from agents.record import RunFolder, refuse_existing
+from agents.record import RunFolder, refuse_existing, save_network
 from agents.report import FINE_TUNED, Reporter, Row, table, uniform_plan
 from agents.rounds import make_workers
 from agents.search import best_plan, policy_plan, search, settings_of
 from prune_env.config import Material, build, make_task
 from prune_env.envs.dynamics import Problem
 from prune_env.files import sweep, write
-from prune_env.pruning import archive
-from prune_env.pruning.plan import Plan
 from prune_env.tasks.task import Task
 
 
@@ -149,15 +144,6 @@ def _search_and_report(parts: Parts, console: Console) -> None:
         board.finished({f"final/{name}_test_accuracy": row["test_accuracy"] for name, row in rows.items()})
         network = tuned["learned"] or problem.evaluator.realise(plans["learned"])
         save_network(run.path, network, plans["learned"])
-
-
-def save_network(folder: Path, network: nn.Module, plan: Plan) -> None:
-    """Put the network into a folder that holds other files too; the tensors come last, and mark the run as finished."""
-    with tempfile.TemporaryDirectory(prefix=".model.", dir=folder) as draft:
-        made = Path(draft) / "model"
-        archive.save(network, plan, made)
-        for file in sorted(made.iterdir(), key=lambda file: file.suffix == ".safetensors"):
-            os.replace(file, folder / file.name)
 
 
 def finished(path: Path) -> bool:

@@ -107,12 +107,17 @@ def make_runtime_problem(
     return problem_of(task, gated, config)
 
 
+def number_format_of(task: Task) -> torch.dtype:
+    """What a task's gated network runs in: networks for digits are too small for bfloat16 to pay."""
+    return torch.float32 if task.data == "digits" else torch.bfloat16
+
+
 def problem_of(task: Task, gated: GatedNetwork, config: RuntimeConfig, **changes: Any) -> RuntimeProblem:
     """A problem from a gated network and a config; `changes` are further fields of `RuntimeProblem`."""
     split: Split = {"train": task.train, "search": task.search}[config.images]
     gated = gated.to(config.device).to(memory_format=torch.channels_last).eval()
     images, labels = split.take(min(len(split), MOST_IMAGES))
-    dtype = torch.float32 if task.data == "digits" else torch.bfloat16
+    dtype = number_format_of(task)
     images = prepare_images(images, device=config.device, dtype=dtype)
     return RuntimeProblem(
         name=task.name,

@@ -33,7 +33,7 @@ class Costs(nn.Module):
         cost, columns = forms.graph.cost["macs"], [forms.graph.position(name) for name in forms.names]
         rest = forms.graph.full.copy()
         rest[columns] = 0
-        so_far = np.tril(np.ones((len(kept) + 1, len(kept))), -1) * kept
+        so_far = np.tril(np.ones((len(kept) + 1, len(kept)), dtype=np.int64), -1) * kept
         constant = cost.constant + np.array([float(forms.predictor_macs(row)) for row in so_far])
         for name, values in (
             ("constant", constant),
@@ -44,8 +44,8 @@ class Costs(nn.Module):
             self.register_buffer(name, torch.from_numpy(np.array(values, dtype=np.float64)))
         self.dense_macs, self.dense_params = forms.dense_macs, forms.dense_params
 
-    def macs(self, active: Sequence[Int64[Tensor, " sample"]]) -> Float64[Tensor, " sample"]:
-        """Macs of each input, predictors counted.
+    def macs(self, active: Sequence[Int64[Tensor, " sample"]]) -> Float64[Tensor, "*sample"]:
+        """Macs of each input, predictors counted; without any layer decided, one number for all.
 
         Args:
             active: Active channels of the first layers; layers that are not given count nothing.
