@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from agents.config import unknown
 from agents.runtime_agent import PpoSettings
 from prune_env.config import make_task
+from prune_env.gates import LEARNING_RATE
 from prune_env.runtime_config import RuntimeConfig
 from prune_env.tasks.task import Task
 
@@ -90,7 +91,7 @@ class RuntimeTrainConfig:
     """Trained static importance: vector or filters."""
     schedule: str | None = None
     """Lengths of the stages: digits, short, hour or paper; digits for digits, else hour by default."""
-    lr: float = 0.02
+    lr: float = LEARNING_RATE
     """Peak learning rate of each training of the network."""
     budget_spread: float = 0.2
     """Agents are trained on budgets drawn from budget * (1 +- spread), so that one policy serves several."""

@@ -42,7 +42,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from prune_env.gates import deciding, gate_settings
+from prune_env.gates import deciding, gate_settings, gates_hook
 from prune_env.pruning.gating.fixed import FixedDecisions
 from prune_env.pruning.gating.layer import RectifiedLinear
 from prune_env.pruning.gating.measurement import RuntimeMeasurement, measure_runtime
@@ -298,7 +298,7 @@ def train_uniform(
                 gated,
                 task.train,
                 settings=settings,
-                hooks=(hook,),
+                hooks=(hook, gates_hook(gated, settings)),
                 progress=progress,
                 checkpoint=checkpoint,
                 device=device,

@@ -18,6 +18,7 @@ from prune_env.tasks.dense import recipe
 from prune_env.tasks.networks import make_network
 from prune_env.tasks.training import Hook, TrainingDiverged, TrainSettings, train
 from prune_env.tasks.training.augmentation import augment
+from prune_env.tasks.training.hooks import TrainingState, adam
 from prune_env.tasks.training.settings import one_cycle
 
 COMMAND = [sys.executable, "-m", "prune_env.tasks.training", "--task", "digits-cnn"]
@@ -232,6 +233,46 @@ def test_the_memory_of_a_hook_is_part_of_the_checkpoint(split, tmp_path):
     second, hook = counting()
     train(Dropping(), split, settings=settings(), hooks=[hook], checkpoint=path)
     assert second["steps"] == 3 * (len(split) // 64)
+
+
+def test_adam_for_some_parameters_is_that_of_torch_and_the_others_keep_sgd():
+    network, twin = (nn.Linear(3, 2) for _ in range(2))
+    twin.load_state_dict(network.state_dict())
+    hook = adam({"weight": network.weight}, share=0.5)
+    expected = torch.optim.Adam([twin.weight], lr=0.0)
+    plain = torch.optim.SGD(network.parameters(), lr=0.2, weight_decay=0.1)
+    for step, lr in enumerate((0.2, 0.1, 0.05)):
+        x = torch.randn(8, 3, generator=generator(step))
+        for one in (network, twin):
+            one.zero_grad()
+            one(x).square().mean().backward()
+        expected.param_groups[0]["lr"] = lr / 2
+        expected.step()
+        bias = network.bias.detach().clone()
+        hook.after_backward(TrainingState(network, plain, 3, lr=lr))
+        assert network.weight.grad is None
+        plain.step()
+        assert not torch.equal(network.bias, bias)
+        with torch.no_grad():
+            twin.bias.copy_(network.bias)
+    torch.testing.assert_close(network.weight, twin.weight)
+
+
+def test_a_training_with_adam_resumes_to_the_same_network(split, tmp_path):
+    def trained(path, progress=None):
+        torch.manual_seed(0)
+        network = Dropping()
+        hook = adam({"first": next(network.parameters())}, share=0.1)
+        train(network, split, settings=settings(), hooks=[hook], checkpoint=tmp_path / f"{path}.safetensors", progress=progress)
+        return state_of(network)
+
+    def interrupt(done, total, note):
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", interrupt)
+    assert same(trained("stopped"), trained("whole"))
 
 
 def test_a_penalty_on_the_weights_makes_them_smaller(split):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -53,3 +54,33 @@ class Hook:
     after_step: Callable[[TrainingState], None] = _nothing
     after_epoch: Callable[[TrainingState], None] = _nothing
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def adam(parameters: Mapping[str, nn.Parameter], *, share: float, betas: tuple[float, float] = (0.9, 0.999)) -> Hook:
+    """A hook that trains some parameters by Adam in the place of the loop's SGD, without weight decay.
+
+    Kingma and Ba, Adam (ICLR 2015), algorithm 1. Its steps follow the loop's cycle.
+
+    Args:
+        parameters: Name -> parameter of the network.
+        share: Its learning rate as a share of the loop's.
+        betas: Decay of the two moments.
+    """
+    first = {f"first.{name}": torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    second = {f"second.{name}": torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    count = torch.zeros((), dtype=torch.int64)
+
+    @torch.no_grad()
+    def step(state: TrainingState) -> None:
+        count.add_(1)
+        bias = [1 - beta ** int(count) for beta in betas]
+        for name, parameter in parameters.items():
+            if parameter.grad is None:
+                continue
+            mean, square = first[f"first.{name}"], second[f"second.{name}"]
+            mean.lerp_(parameter.grad, 1 - betas[0])
+            square.lerp_(parameter.grad.square(), 1 - betas[1])
+            parameter.addcdiv_(mean, (square / bias[1]).sqrt_().add_(1e-8), value=-share * state.lr / bias[0])
+            parameter.grad = None  # SGD passes over it
+
+    return Hook(after_backward=step, tensors={**first, **second, "count": count})

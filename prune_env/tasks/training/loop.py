@@ -202,8 +202,8 @@ class _Run:
         Raises:
             ValueError: Its tensors are not those of this training.
         """
-        for parameter in self.network.parameters():
-            if parameter.requires_grad:
+        for name, parameter in self.network.named_parameters():
+            if f"momentum.{name}" in saved.tensors:
                 self.optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
         own = self._tensors()
         shapes = {name: tensor.shape for name, tensor in saved.tensors.items()}
