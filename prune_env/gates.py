@@ -29,8 +29,7 @@ LEARNING_RATE = 0.05
 """Peak of the one cycle of SGD that trains the network. (The core paper: Adam at 1e-3 for everything.)"""
 
 GATES_RATE = 1e-3
-"""Peak learning rate of Adam for predictors and static scores, as in the core paper. Under SGD their weights hardly
-move: scores then differ 20 times less between images than between channels, and every image gets the same choice."""
+"""Peak learning rate of Adam for predictors and static scores, as in the core paper."""
 
 REFRESH = 50
 """Steps between two refreshes of the static predictor's features. The official code computes them once."""

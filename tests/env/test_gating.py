@@ -183,9 +183,16 @@ def test_runtime_scores_by_hand_and_apart_from_position() -> None:
     layer = unit_layer([1.0, 1.0], [0.0, 0.0])
     with torch.no_grad():
         layer.gate.weight.copy_(torch.tensor([[2.0], [-1.0]]))
-    pooled, runtime = layer.scores(torch.tensor([[[[1.0, 3.0]]], [[[0.0, -2.0]]]]))
+        layer.sight.running_mean.fill_(1.0)
+        layer.sight.running_var.fill_(4.0)
+        layer.sight.eps = 0.0
+    pooled, runtime = layer.eval().scores(torch.tensor([[[[1.0, 3.0]]], [[[0.0, -2.0]]]]))
     assert pooled.tolist() == [[2.0], [-1.0]]
-    assert runtime.tolist() == [[5.0, -1.0], [-1.0, 2.0]]
+    # Standardised: .5 and -1.
+    assert runtime.tolist() == [[2.0, 0.5], [-1.0, 2.0]]
+    weight, bias = layer.predictor()
+    assert weight.tolist() == [[1.0], [-0.5]]
+    assert bias.tolist() == [0.0, 1.5]
     tokens = GatedLayer(nn.Linear(2, 3), None)
     assert tokens.scores(torch.tensor([[[1.0, 5.0], [3.0, 7.0]]]))[0].tolist() == [[2.0, 6.0]]
 

@@ -263,7 +263,8 @@ def test_a_training_with_adam_resumes_to_the_same_network(split, tmp_path):
         torch.manual_seed(0)
         network = Dropping()
         hook = adam({"first": next(network.parameters())}, share=0.1)
-        train(network, split, settings=settings(), hooks=[hook], checkpoint=tmp_path / f"{path}.safetensors", progress=progress)
+        file = tmp_path / f"{path}.safetensors"
+        train(network, split, settings=settings(), hooks=[hook], checkpoint=file, progress=progress)
         return state_of(network)
 
     def interrupt(done, total, note):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,6 +15,9 @@ from prune_env.pruning.engine.costs import Costs
 from prune_env.pruning.engine.policy import PolicyMemory, RuntimePolicy
 from prune_env.pruning.gating.layer import GatedLayer
 from prune_env.pruning.gating.tradeoff import StaticDecision, count_of, select
+
+HOOKED = threading.RLock()
+"""Held while a forward pass hangs its decisions on the modules: another thread's pass would find them there."""
 
 
 class Choice(nn.Module):

@@ -6,14 +6,16 @@ for inputs that share a choice). `masked` computes everything and closes gates; 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from prune_env.pruning.engine.anatomy import Anatomy, Choice, Read, Session
+from prune_env.pruning.engine.anatomy import HOOKED, Anatomy, Choice, Read, Session
 from prune_env.pruning.engine.costs import Costs
 from prune_env.pruning.engine.grouped import run_grouped
 from prune_env.pruning.engine.policy import RuntimePolicy
@@ -46,13 +48,21 @@ class DeployedNetwork(Anatomy):
         forget(self)
         return super()._apply(fn, recurse)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Other weights make another program."""
+        forget(self)
+        return super().load_state_dict(*args, **kwargs)
+
     def forward(self, x: Float[Tensor, "sample ..."]) -> Tensor:
         """Outputs, computed from active channels only."""
         return self.run(x)[0]
 
     def run(self, x: Float[Tensor, "sample ..."]) -> tuple[Tensor, Int64[Tensor, "sample layer"]]:
         """Outputs, and the active channels of each gated layer."""
-        program = program_of(self) if x.device.type == "cpu" and x.dtype == torch.float32 else None
+        if len(x) == 0:
+            return self.masked(x)
+        plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        program = program_of(self) if plain else None
         if program is None or (len(x) > 1 and self.constant):
             return run_grouped(self, x)
         with torch.inference_mode():
@@ -62,11 +72,11 @@ class DeployedNetwork(Anatomy):
     def masked(self, x: Float[Tensor, "sample ..."]) -> tuple[Tensor, Int64[Tensor, "sample layer"]]:
         """The same by computing every stored channel and closing the gates of inactive ones."""
         session = Session(self, len(x))
-        with torch.inference_mode():
+        with torch.inference_mode(), HOOKED:
             for at, layer in enumerate(self.layers):
                 layer._turn = lambda pooled, runtime, at=at: session.turn(at, pooled, runtime)
             try:
-                return self.network(x), session.counts
+                return self.network(x.clone()), session.counts
             finally:
                 for layer in self.layers:
                     layer._turn = None
@@ -97,7 +107,8 @@ def deploy(gated: GatedNetwork, decide: FixedDecisions, policy: RuntimePolicy | 
     ]  # fmt: skip
     kept = np.array([len(decision.kept) for decision in decisions], dtype=np.int64)
     names = [producer_of(gated.graph, name).module for name in gated.names]
-    deployed = DeployedNetwork(small.network, choices, policy, Costs(Accounting.of(gated), kept), names, _reads(small))
+    costs, policy = Costs(Accounting.of(gated), kept), copy.deepcopy(policy)
+    deployed = DeployedNetwork(small.network, choices, policy, costs, names, _reads(small))
     return deployed.eval().requires_grad_(False)
 
 
@@ -134,7 +145,8 @@ def _reads(gated: GatedNetwork) -> list[Read]:
     for at, name in enumerate(gated.names):
         group = gated.graph.group(name)
         for slot in group.consumers:
-            alike = slot.aligned and len(slot.index) == group.channels
+            width = gated.graph.layer(slot.module).in_channels
+            alike = slot.aligned and len(slot.index) == group.channels == width
             pairs = (None, None) if alike else (tuple(slot.index.tolist()), tuple(slot.unit.tolist()))
             reads.append(Read(slot.module, at, *pairs))
     return reads

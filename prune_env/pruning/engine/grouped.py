@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prune_env.pruning.engine.anatomy import Anatomy, Session
+from prune_env.pruning.engine.anatomy import HOOKED, Anatomy, Session
 from prune_env.pruning.gating.layer import GatedLayer
 
 WORTH = 4_000_000
@@ -34,8 +34,9 @@ def run_grouped(
         worth: Multiply-accumulates that a layer must save to be gathered.
     """
     run = _Run(deployed, Session(deployed, len(x)), worth)
-    with torch.inference_mode():
-        return run(x), run.session.counts
+    with torch.inference_mode(), HOOKED:
+        # A copy: the network may begin with an operation that works in place.
+        return run(x.clone()), run.session.counts
 
 
 class _Run:
@@ -97,7 +98,7 @@ class _Run:
         operation = _operation(module)
         ins, outs = weight.shape[1] if read is None else len(read), len(weight) if write is None else len(write)
         axis = x.dim() - 1 if linear else 1
-        area = x[:, 0].numel() / _area_of_stride(module) * weight[0, 0].numel()
+        area = x.select(axis, 0).numel() / _area_of_stride(module) * weight[0, 0].numel()
         if (weight.shape[0] * weight.shape[1] - ins * outs) * area < self.worth:
             y = operation(x, weight, bias)
             return y if write is None else _only(y, write, axis)

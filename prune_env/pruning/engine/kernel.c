@@ -1,9 +1,10 @@
 /* The layers of a deployed gated network for one input, in float32: decide, gather, convolve.
  *
  * Maps are [position][channel] (channels_last) and hold only the channels that are active. A weight is stored as
- * [block][tap][input][BLOCK outputs]: what one tile needs lies together, and a large layer is read as a stream. Two functions are called from Python (native.py has the
- * twins of the structs): `decide` chooses the active outputs of a gated layer, `convolve` computes them from the active
- * inputs. Nothing here allocates memory; callers pass a workspace.
+ * [block][tap][input][BLOCK outputs]: what one tile needs lies together, and a large layer is read as a stream. Two
+ * functions are called from Python (native.py has the twins of the structs): `decide` chooses the active outputs of a
+ * gated layer, `convolve` computes them from the active inputs. Nothing here allocates memory; callers pass a workspace,
+ * and answer for sizes: lengths that do not fit a layer are not noticed here.
  */
 
 #include <math.h>
@@ -167,10 +168,12 @@ static void remember(const Policy *p, const Seat *s, double asked, int active, M
 static int select_active(const Gate *g, const float *score, int n, int count, int *active)
 {
     unsigned char outside[n], pruned[n];
+    float key[n]; /* NaN stands first, as torch sorts it: each channel must have a place of its own */
     int order[n], only_runtime = 0, only_static = 0;
+    for (int c = 0; c < n; c++) key[c] = score[c] == score[c] ? score[c] : INFINITY;
     for (int c = 0; c < n; c++) {
         int place = 0;
-        for (int o = 0; o < n; o++) place += (score[o] > score[c]) | ((score[o] == score[c]) & (o < c));
+        for (int o = 0; o < n; o++) place += (key[o] > key[c]) | ((key[o] == key[c]) & (o < c));
         order[place] = c;
         outside[c] = place >= count;
         pruned[c] = outside[c] && g->doubted[c];
@@ -198,21 +201,21 @@ static int select_active(const Gate *g, const float *score, int n, int count, in
  * x: [positions][channels] what the layer reads; inputs: the stored input that each channel is, or NULL for all.
  * policy, seat, memory: NULL where the gate's own share holds.
  * active, scale, shift: [outputs] the answer: active outputs, and what the norm and the gate do to each.
+ * space: 2 * inputs + outputs floats.
  * Returns the number of active outputs.
  */
 int decide(const Layer *l, const Gate *g, const Policy *policy, const Seat *seat, Memory *memory, const float *x,
-           int positions, const int *inputs, int channels, int *active, float *scale, float *shift)
+           int positions, const int *inputs, int channels, int *active, float *scale, float *shift, float *space)
 {
-    float sum[channels], pooled[l->inputs], score[l->outputs];
-    memset(sum, 0, sizeof sum);
+    float *sum = space, *pooled = sum + l->inputs, *score = pooled + l->inputs;
+    memset(space, 0, sizeof(float) * 2 * l->inputs);
     for (int p = 0; p < positions; p++) add_row(sum, x + (ptrdiff_t)p * channels, 1.0f, channels);
-    memset(pooled, 0, sizeof pooled);
     for (int i = 0; i < channels; i++) pooled[inputs ? inputs[i] : i] = sum[i] / (float)positions;
-    memcpy(score, g->bias, sizeof score);
+    memcpy(score, g->bias, sizeof(float) * l->outputs);
     for (int i = 0; i < l->inputs; i++)
         if (pooled[i] != 0) add_row(score, g->weight + (ptrdiff_t)i * l->outputs, pooled[i], l->outputs);
     if (g->rectify)
-        for (int c = 0; c < l->outputs; c++) score[c] = score[c] > 0 ? score[c] : 0;
+        for (int c = 0; c < l->outputs; c++) score[c] = score[c] < 0 ? 0 : score[c];
     double asked = g->keep;
     if (policy) asked = fmin(fmax(ask(policy, seat, l, pooled, score, memory), policy->least), 1.0);
     int count = (int)nearbyint(asked * g->full);
@@ -288,7 +291,7 @@ static void finish(const Job *job, const float *sum, int wide, int position, int
                 float *y = job->y + (ptrdiff_t)(position + m) * job->outputs + column;                     \
                 for (int v = 0; v < N; v++) {                                                              \
                     vec value = sum[m][v] * *(const vec *)(scale + v * LANES) + *(const vec *)(shift + v * LANES); \
-                    *(vec *)(y + v * LANES) = job->rectify ? (vec)((mask)value & (value > 0)) : value;     \
+                    *(vec *)(y + v * LANES) = job->rectify ? (vec)((mask)value & ~(value < 0)) : value;    \
                 }                                                                                          \
             }                                                                                              \
             return;                                                                                        \
@@ -317,7 +320,8 @@ static const Tile TILE_OF[ROWS + 1][COLUMNS] = { [1] = ENTRY(1), [2] = ENTRY(2),
 long convolve_space(const Layer *l, int height, int width)
 {
     long border = (long)(height + 2 * l->padding[0]) * (width + 2 * l->padding[1]) * l->inputs;
-    return border + (long)l->kernel[0] * l->kernel[1] * l->inputs * (l->outputs + LANES) + 2 * LANES;
+    long packed = (long)l->kernel[0] * l->kernel[1] * l->inputs * (l->outputs + LANES) + 2 * LANES;
+    return l->inputs + border + packed;
 }
 
 /* What a convolution is; each thread works out its own part of it. */
@@ -395,14 +399,14 @@ static void work(const Task *t, float *space, int start, int end, int from, int 
     const Layer *l = t->layer;
     int taps = l->kernel[0] * l->kernel[1], width = to - from, wide = t->wide * t->channels;
     int row = t->packs ? (width + LANES - 1) / LANES * LANES : BLOCK;
-    float *border = space, *packed = space + (t->padded ? (ptrdiff_t)t->high * wide : 0);
+    int *rows = (int *)space, offsets[taps];
+    float *border = space + l->inputs, *packed = border + (t->padded ? (ptrdiff_t)t->high * wide : 0);
     packed += -((size_t)packed / sizeof(float)) & (LANES - 1);
     if (t->padded) {
         int last = (end - 1) / t->out_wide * l->stride[0] + (l->kernel[0] - 1) * l->dilation[0];
         draw_border(t, border, start / t->out_wide * l->stride[0], last + 1);
     }
     if (t->packs) pack(t, packed, from, to, row);
-    int rows[t->channels], offsets[taps];
     for (int i = 0; i < t->channels; i++) rows[i] = (t->packs || !t->inputs ? i : t->inputs[i]) * row;
     for (int k = 0; k < taps; k++)
         offsets[k] = k / l->kernel[1] * l->dilation[0] * wide + k % l->kernel[1] * l->dilation[1] * t->channels;

@@ -1,6 +1,6 @@
 """The compiled kernel: built once with the system's C compiler, kept in the user's cache, called through ctypes.
 
-Without a compiler everything works, by torch's own operations (`executor.py`).
+Without a compiler everything works, by torch's own operations (`grouped.py`).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def kernel() -> ctypes.CDLL | None:
     for flags in ((*FLAGS, THREADED), FLAGS):
         try:
             library = ctypes.CDLL(str(_built(flags)))
-        except (OSError, subprocess.SubprocessError):
+        except (OSError, RuntimeError, subprocess.SubprocessError):
             # Threads come from the OpenMP that torch has loaded; a build that does not find it runs on one thread.
             continue
         _declare(library)
@@ -127,7 +127,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.decide.restype = c_int
     library.decide.argtypes = [
         POINTER(Layer), POINTER(Gate), pointer, pointer, pointer, pointer, number, pointer, number,
-        pointer, pointer, pointer,
+        pointer, pointer, pointer, pointer,
     ]  # fmt: skip
     library.convolve.restype = None
     library.convolve.argtypes = [
@@ -143,6 +143,7 @@ def _built(flags: tuple[str, ...]) -> Path:
 
     Raises:
         OSError: No compiler, or no place to write.
+        RuntimeError: The user has no home.
         subprocess.SubprocessError: The compiler failed.
     """
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")

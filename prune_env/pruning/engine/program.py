@@ -74,7 +74,7 @@ class Program:
     """
 
     def __init__(self, deployed: Anatomy) -> None:
-        if any(tensor.device.type != "cpu" or tensor.dtype == torch.bfloat16 for tensor in deployed.parameters()):
+        if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in deployed.parameters()):
             raise Unfit("the kernel runs float32 on the CPU")
         try:
             self.module = unrolled(deployed.network)
@@ -88,17 +88,20 @@ class Program:
             self._readers.setdefault(module, Reader()).add(layer, index, unit)
         self._slots: dict[fx.Node, int] = {}
         self._done: set[fx.Node] = set()
+        self._turns: list[int] = []
         self.steps: list[Callable[[list[Any]], None]] = []
         for node in self.module.graph.nodes:
             if node not in self._done:
                 self._add(node)
+        if self._turns != list(range(len(self._gated))):
+            raise Unfit("a gated layer inside a module of torch's own")
         self._values = [None] * len(self.module.graph.nodes)
 
     def run(self, x: Float[Tensor, "1 ..."]) -> tuple[Tensor, Int64[Tensor, " layer"]]:
         """Outputs for one input, and the active channels of each gated layer."""
         with self._lock:
             values = self._values.copy()
-            values[0] = x
+            values[0] = x.clone() if self._changes else x
             self.flow.begin(torch.get_num_threads())
             for step in self.steps:
                 step(values)
@@ -111,6 +114,8 @@ class Program:
         if node.op == "placeholder":
             if self._slot(node) != 0:
                 raise Unfit("a network with more than one input")
+            # Whatever is no layer may work in place, and the input is the caller's.
+            self._changes = not all(self._computes(self._called(user)) for user in node.users)
             return
         if node.op == "output":
             self.steps.append(_answer(self._arguments(node.args[0])))
@@ -120,6 +125,8 @@ class Program:
             self.steps.append(lambda values: values.__setitem__(at, value))
             return
         called = self._called(node)
+        if (isinstance(called, PASSING) or self._computes(called)) and (len(node.args) != 1 or node.kwargs):
+            raise Unfit(f"{node.target}: its input is not its one argument")
         if isinstance(called, PASSING):
             self._slots[node] = self._slot(node.args[0])
         elif isinstance(called, GatedLayer):
@@ -131,6 +138,9 @@ class Program:
 
     def _called(self, node: fx.Node) -> Any:
         return self.module.get_submodule(node.target) if node.op == "call_module" else node.target
+
+    def _computes(self, called: Any) -> bool:
+        return isinstance(called, GatedLayer) or runnable(called)
 
     def _arguments(self, arguments: Any) -> Callable[[list[Any]], Any]:
         """Arguments of a node, looked up among the values."""
@@ -183,6 +193,7 @@ class Program:
         last, rectify = self._rectified(node)
         step = GateStep(layer, self.flow, at, rectify=rectify, reader=self._readers.get(name))
         step.whole = not self._compact(last, at)
+        self._turns.append(at)
         self._place(node, last, step)
 
     def _place(self, node: fx.Node, last: fx.Node, step: LayerStep) -> None:

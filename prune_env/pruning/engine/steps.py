@@ -17,6 +17,9 @@ from prune_env.pruning.gating.layer import GatedLayer, RectifiedLinear
 BLOCK = 64
 """Outputs that lie together in a weight: `BLOCK` of kernel.c."""
 
+MOST = 2**31
+"""Numbers of workspace that the kernel's integers can tell apart."""
+
 
 def runnable(module: Any) -> bool:
     """Whether the kernel can run a layer: a linear one, or a plain two-dimensional convolution."""
@@ -40,8 +43,9 @@ class Reader:
     def only(self, layer: int, width: int) -> bool:
         """Whether the whole input is the channels of this gated layer, in their order."""
         (first, index, unit), *others = self.parts
-        whole = index is None or (len(index) == width and bool((np.diff(unit) >= 0).all()))
-        return not others and first == layer and whole
+        if others or first != layer:
+            return False
+        return index is None or np.array_equal(_positions(index, unit).ravel(), np.arange(width))
 
 
 class Flow:
@@ -162,7 +166,7 @@ class LayerStep:
         self.outputs, self.reader, self.sizes = outputs, reader, sizes
         self._whole = reader is None or not any(reader.parts)
         self._tables = {} if reader is None else _tables(reader)
-        self._spaces: dict[tuple[int, int], int] = {}
+        self._extents: dict[tuple[int, int], tuple[int, list[int]]] = {}
         self._read = np.zeros(inputs, dtype=np.int32)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -174,6 +178,8 @@ class LayerStep:
 
     def _laid_out(self, x: Tensor) -> tuple[Tensor, int, int]:
         """The map as the kernel reads it, its height and width."""
+        if x.dtype != torch.float32:
+            raise ValueError(f"the kernel reads float32; the map is {x.dtype}")
         if self.linear:
             return x.contiguous(), 1, x.numel() // x.shape[-1]
         return x.contiguous(memory_format=torch.channels_last), x.shape[2], x.shape[3]
@@ -182,15 +188,15 @@ class LayerStep:
         """Which channels of the map are read, which stored inputs they are, how many, and how many the map has."""
         held = x.shape[-1 if self.linear else 1]
         if self._whole:
-            return None, None, held, held
+            return None, None, self._checked(held, self.layer.inputs), held
         flow, (layer, index, _) = self.flow, self.reader.parts[0]
         if not flow.whole[layer]:
             if index is None:
-                return None, flow.pointers[layer], held, held
+                return None, flow.pointers[layer], self._checked(held, flow.kept[layer]), held
             kept = self._tables[layer][flow.active[layer].numpy()[: flow.kept[layer]]].ravel()
-            self._read[:held] = kept
+            self._read[: self._checked(held, len(kept))] = kept
             return None, self._read.ctypes.data, held, held
-        positions = np.ones(held, dtype=bool)
+        positions = np.ones(self._checked(held, self.layer.inputs), dtype=bool)
         for layer, index, unit in self.reader.parts:
             open_ = np.zeros(len(flow.active[layer]), dtype=bool)
             open_[flow.active[layer].numpy()[: flow.kept[layer]]] = True
@@ -202,26 +208,37 @@ class LayerStep:
         self._read[: len(read)] = read
         return self._read.ctypes.data, self._read.ctypes.data, len(read), held
 
+    def _checked(self, held: int, expected: int) -> int:
+        """The channels of the map; the kernel itself would read on behind them."""
+        if held != expected:
+            raise ValueError(f"the map has {held} channels; the layer reads {expected}")
+        return held
+
+    def _extent(self, height: int, width: int) -> tuple[int, list[int]]:
+        """The workspace for a map of this size, and the size of the output."""
+        size = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip((height, width), *self.sizes, strict=True)
+        ]
+        room = self.kernel.convolve_space(self.reference, height, width)
+        if min(size) < 1 or room >= MOST:
+            raise ValueError(f"the map is {height} x {width}: too {'small' if min(size) < 1 else 'large'} for a layer")
+        return room, size
+
     def _convolve(
         self, x: Tensor, height: int, width: int, source: int | None, inputs: int | None, channels: int, held: int,
         chosen: int | None, outputs: int, scale: int, shift: int,
     ) -> Tensor:  # fmt: skip
-        key = (height, width)
-        if key not in self._spaces:
-            self._spaces[key] = self.kernel.convolve_space(self.reference, height, width)
-        flow = self.flow
+        flow, key = self.flow, (height, width)
+        if key not in self._extents:
+            self._extents[key] = self._extent(height, width)
+        room, size = self._extents[key]
         if self.linear:
             y = torch.empty((*x.shape[:-1], outputs))
         else:
-            (kernel, stride, padding, dilation) = self.sizes
-            size = [
-                (n + 2 * p - d * (k - 1) - 1) // s + 1
-                for n, k, s, p, d in zip(key, kernel, stride, padding, dilation, strict=True)
-            ]
             y = torch.empty((1, outputs, *size), memory_format=torch.channels_last)
         self.kernel.convolve(
             self.reference, x.data_ptr(), height, width, held, source, inputs, channels, chosen, outputs,
-            scale, shift, y.data_ptr(), flow.space(self._spaces[key]), flow.threads,
+            scale, shift, y.data_ptr(), flow.space(room), flow.threads,
         )  # fmt: skip
         return y
 
@@ -269,7 +286,7 @@ class GateStep(LayerStep):
         read, seen = (None, held) if source is not None else (inputs, channels)
         kept = self.kernel.decide(
             self.reference, byref(self.gate), policy, self.seat, memory, x.data_ptr(), height * width, read, seen,
-            flow.pointers[at], self.scale, self.shift,
+            flow.pointers[at], self.scale, self.shift, flow.space(2 * self.layer.inputs + self.outputs),
         )  # fmt: skip
         flow.kept[at] = kept
         y = self._convolve(
@@ -287,11 +304,12 @@ class GateStep(LayerStep):
 def _gate(gated: GatedLayer, choice: Choice, flow: Flow) -> native.Gate:
     # Lowest static score first; of equal ones the higher index, as in the trade-off's order turned round.
     behind = choice.score.argsort(descending=True, stable=True).flip(0)
+    weight, bias = gated.predictor()
     return native.Gate(
         full=choice.full,
         rectify=int(isinstance(gated.gate, RectifiedLinear)),
-        weight=flow.pin(gated.gate.weight.t()),
-        bias=flow.pin(gated.gate.bias),
+        weight=flow.pin(weight.t()),
+        bias=flow.pin(bias),
         shift=flow.pin(gated.shift),
         score=flow.pin(choice.score),
         doubted=flow.pin(choice.doubted, torch.uint8),
@@ -323,9 +341,13 @@ def _sizes(module: nn.Conv2d) -> tuple[tuple[int, int], ...]:
 
 
 def _tables(reader: Reader) -> dict[int, np.ndarray]:
-    """Gated layer -> `[channel, position]` where a flatten gives every channel the same number of positions."""
-    tables = {}
-    for layer, index, unit in reader.parts:
-        if index is not None and len(index) % (unit.max() + 1) == 0:
-            tables[layer] = index.reshape(unit.max() + 1, -1).astype(np.int32)
-    return tables
+    """Gated layer -> `[channel, position]` of the inputs that are its channels, where they are not one by one."""
+    parts = ((layer, index, unit) for layer, index, unit in reader.parts if index is not None)
+    return {layer: _positions(index, unit) for layer, index, unit in parts}
+
+
+def _positions(index: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """`[channel, position]`; empty unless each channel has as many positions as the others, side by side."""
+    each = max(1, len(unit) // (unit.max() + 1))
+    alike = np.array_equal(unit, np.arange(len(unit)) // each)
+    return (index.reshape(-1, each) if alike else index[:0]).astype(np.int32)

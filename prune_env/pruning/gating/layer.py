@@ -64,10 +64,15 @@ class GatedLayer(nn.Module):
     so that two negative scores leave a negative gate, and the rectifier behind it closes what is positive in the
     channel. `W` starts at zero (the paper does not say): at first every gate is the BatchNorm's scale, bit for bit.
 
+    Deviation: `s` is standardised over images by running statistics. It is the same linear layer (`predictor` folds
+    them in), but it learns: averages differ little between images (by a twentieth, say, where scales are ones), so that
+    the gradient of a plain `W` is all but that of `b`, and every image would get the same choice.
+
     Attributes:
         producer: The convolution or linear layer; it has a bias only in front of a norm.
         norm: BatchNorm without scale and shift, or nothing.
-        gate: Linear from the pooled input to one score per output channel.
+        sight: Standardises the pooled input.
+        gate: Linear from there to one score per output channel.
         shift: `[channel]` the BatchNorm's shift, or the producer's bias.
         added: Parameters per channel (beside the predictor's weights) that the ungated layer does not have.
     """
@@ -87,6 +92,7 @@ class GatedLayer(nn.Module):
             self.norm = _without_affine(norm)
             if norm.affine:
                 scale, shift, self.added = norm.weight.detach().clone(), norm.bias.detach().clone(), 0
+        self.sight = nn.BatchNorm1d(inputs, affine=False)
         self.gate = nn.utils.skip_init(nn.Linear, inputs, channels)
         with torch.no_grad():
             self.gate.weight.zero_()
@@ -105,7 +111,13 @@ class GatedLayer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             axes = self._positions(x)
             pooled = x.mean(axes, dtype=torch.float32) if axes else x.float()
-            return pooled, self.gate(pooled)
+            return pooled, self.gate(self.sight(pooled))
+
+    def predictor(self) -> tuple[Float[Tensor, "channel input"], Float[Tensor, " channel"]]:
+        """Weight and bias of the runtime predictor on the pooled input as it is, in evaluation mode."""
+        with torch.no_grad():
+            weight = self.gate.weight * (self.sight.running_var + self.sight.eps).rsqrt()
+            return weight, self.gate.bias - weight @ self.sight.running_mean
 
     def _positions(self, x: Float[Tensor, "sample ..."]) -> tuple[int, ...]:
         """Axes of the layer's input or output that are neither samples nor channels."""

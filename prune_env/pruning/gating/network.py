@@ -171,8 +171,11 @@ def _gated_graph(graph: LayerGraph, names: Sequence[str]) -> LayerGraph:
     for group in graph.groups:
         producers, carriers, consumers = group.producers, group.carriers, []
         for slot in group.consumers:
-            parts = ("producer", "gate") if slot.module in gated else ()
-            consumers += [replace(slot, module=f"{slot.module}.{part}") for part in parts] or [slot]
+            if slot.module not in gated:
+                consumers.append(slot)
+                continue
+            consumers += [replace(slot, module=f"{slot.module}.{part}") for part in ("producer", "gate")]
+            consumers.append(replace(slot, module=f"{slot.module}.sight", role="both"))
         if group.name in names:
             slot = producers[0]
             carriers = tuple(replace(norm, module=f"{slot.module}.norm") for norm in carriers)
