@@ -193,7 +193,7 @@ def test_runtime_scores_by_hand_and_apart_from_position() -> None:
     weight, bias = layer.predictor()
     assert weight.tolist() == [[1.0], [-0.5]]
     assert bias.tolist() == [0.0, 1.5]
-    tokens = GatedLayer(nn.Linear(2, 3), None)
+    tokens = GatedLayer(nn.Linear(2, 3), None).eval()
     assert tokens.scores(torch.tensor([[[1.0, 5.0], [3.0, 7.0]]]))[0].tolist() == [[2.0, 6.0]]
 
 
