@@ -15,43 +15,21 @@ What a search of 200 episodes needs is not what a million steps of control need;
 - **Returns are normalised by hand**: 0 is the uniform plan, 1 the dense network.
 - **Imitation**: after each round the actor also takes a few steps toward the actions of the best episodes
   (self-imitation, Oh et al. 2018), so that the deterministic policy ends where the search found its best plans.
+
+None of this holds for `amc` and `amc_paper`, which are a published baseline: see `baselines.amc`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 from sb3_contrib import TQC
 from stable_baselines3 import DDPG, PPO, SAC, TD3
-from stable_baselines3.common.base_class import BaseAlgorithm
 
-
-@dataclass(frozen=True)
-class Algorithm:
-    """One learning algorithm with its settings here.
-
-    Attributes:
-        make: Its class.
-        on_policy: It learns only from what it did itself, and brings its own noise.
-        settings: Keyword arguments of the class.
-        policy: Keyword arguments of its policy.
-        gradient_steps: Updates per episode (off-policy), or passes over a batch of episodes (on-policy).
-        imitation_steps: Steps toward the best episodes after each update.
-        elite: How many best episodes are imitated.
-        batch_episodes: Episodes per update (on-policy).
-    """
-
-    make: type[BaseAlgorithm]
-    on_policy: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    policy: Mapping[str, Any] = field(default_factory=dict)
-    gradient_steps: int = 10
-    imitation_steps: int = 20
-    elite: int = 4
-    batch_episodes: int = 1
-
+from agents.amc import amc_of
+from agents.exploration import Guided
+from agents.learner import Algorithm, OnPolicy
+from baselines import amc
 
 OFF_POLICY = {"learning_rate": 1e-3, "batch_size": 64, "gamma": 1.0, "tau": 0.02}
 SMALL = {"net_arch": [64, 64]}
@@ -63,9 +41,12 @@ ALGORITHMS: dict[str, Algorithm] = {
     "tqc": Algorithm(TQC, settings=OFF_POLICY | {"ent_coef": 0.002}, policy=SMALL | {"n_quantiles": 11}),
     "ppo": Algorithm(
         PPO,
-        on_policy=True,
+        learner=OnPolicy,
+        explorer=partial(Guided, own_noise=True),
         settings={"learning_rate": 1e-3, "batch_size": 32, "gamma": 1.0, "gae_lambda": 1.0, "n_epochs": 5},
         policy=SMALL | {"log_std_init": -1.8},
         batch_episodes=5,
     ),
+    "amc": amc_of(amc.SMALL),
+    "amc_paper": amc_of(amc.PAPER),
 }

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+
+from agents.episode import Memory
+from agents.view import actions_of, kept_by
+from baselines import amc
+from baselines.method import case_of
+from baselines.search import KNOWN
+from prune_env.envs.dynamics import Problem
 
 SIGMA_START, SIGMA_END = 0.4, 0.05
 """Width of the noise at the start and the end of a run, in relative actions (the range is [-1, 1])."""
@@ -42,43 +50,63 @@ class Draft:
         return truncated_normal(self.rng, chosen, self.noise[step]) if self.noise[step] > 0 else chosen
 
 
-def draft(
-    episode: int,
-    *,
-    episodes: int,
-    guided: int,
-    known: dict[str, np.ndarray],
-    best: np.ndarray | None,
-    own_noise: bool,
-    played: Callable[[np.ndarray], bool],
-    rng: np.random.Generator,
-) -> Draft:
-    """Plan the next episode.
+@runtime_checkable
+class Explorer(Protocol):
+    """Decides how episodes are played; made from a problem, the run's number of episodes and those of its warm-up."""
+
+    def draft(self, number: int, memory: Memory, rng: np.random.Generator) -> Draft:
+        """Plan an episode.
+
+        Args:
+            number: Of the episode, from 0.
+            memory: All episodes that are over.
+            rng: Source of all randomness.
+        """
+        ...
+
+
+class Guided:
+    """Known plans first, then a mixture that depends on how far the run is; see `agents.algorithms`.
 
     Args:
-        episode: Its number, from 0.
+        problem: What is decided; its actions are relative to the even share.
         episodes: Of the whole run.
         guided: Episodes of the warm-up.
-        known: Name -> actions of the plans to begin with.
-        best: Actions of the best episode so far.
         own_noise: The learner explores by itself.
-        played: Whether these actions lead to a plan that the run has measured already.
-        rng: Source of all randomness.
     """
-    names = list(known)
-    if episode < len(names):
-        return Draft(names[episode], known[names[episode]], np.zeros(len(known[names[episode]])), rng)
-    if best is None:
-        raise ValueError("the first episode must be a known plan")
-    if episode < guided and episode % 2 == 0:
-        script = [truncated_normal(rng, 0.0, SIGMA_RANDOM) for _ in best]
-        return Draft("random", np.array(script), np.zeros(len(best)), rng)
-    sigma = SIGMA_START * (SIGMA_END / SIGMA_START) ** (episode / max(episodes - 1, 1))
-    sigma *= float(np.exp(SPREAD * rng.normal()))
-    if episode < guided or episode % 2:
-        return Draft("disturbed best", _fresh(best, sigma, played, rng), np.zeros(len(best)), rng)
-    noise = np.zeros(len(best)) if own_noise else sigma * _few(len(best), rng)
-    return Draft("policy", None, noise, rng)
+
+    def __init__(self, problem: Problem, *, episodes: int, guided: int, own_noise: bool = False) -> None:
+        self.problem, self.episodes, self.guided, self.own_noise = problem, episodes, guided, own_noise
+        self.known = known_actions(problem)
+
+    def draft(self, number: int, memory: Memory, rng: np.random.Generator) -> Draft:
+        """Plan an episode."""
+        names = list(self.known)
+        if number < len(names):
+            return Draft(names[number], self.known[names[number]], np.zeros(len(self.known[names[number]])), rng)
+        if memory.best is None:
+            raise ValueError("the first episode must be a known plan")
+        best = memory.trajectories[memory.best].applied[:, 0]
+        if number < self.guided and number % 2 == 0:
+            script = [truncated_normal(rng, 0.0, SIGMA_RANDOM) for _ in best]
+            return Draft("random", np.array(script), np.zeros(len(best)), rng)
+        sigma = SIGMA_START * (SIGMA_END / SIGMA_START) ** (number / max(self.episodes - 1, 1))
+        sigma *= float(np.exp(SPREAD * rng.normal()))
+        if number < self.guided or number % 2:
+            script = _fresh(best, sigma, self._played(memory), rng)
+            return Draft("disturbed best", script, np.zeros(len(best)), rng)
+        noise = np.zeros(len(best)) if self.own_noise else sigma * _few(len(best), rng)
+        return Draft("policy", None, noise, rng)
+
+    def _played(self, memory: Memory) -> Callable[[np.ndarray], bool]:
+        """Whether actions lead to a plan that the run has measured already."""
+        measured = {tuple(episode.counts[step] for step in self.problem.steps) for episode in memory.episodes}
+        return lambda actions: kept_by(self.problem, actions) in measured
+
+
+def known_actions(problem: Problem) -> dict[str, np.ndarray]:
+    """Actions of the known plans, by name."""
+    return {method.name: actions_of(problem, method.allocate(case_of(method, problem))) for method in KNOWN}
 
 
 def _fresh(
@@ -104,9 +132,5 @@ def _few(steps: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def truncated_normal(rng: np.random.Generator, mean: float, sigma: float) -> float:
-    """A normal draw inside [-1, 1], by rejection (AMC's exploration noise)."""
-    for _ in range(20 if sigma > 0 else 0):
-        value = rng.normal(mean, sigma)
-        if -1.0 <= value <= 1.0:
-            return float(value)
-    return float(np.clip(mean, -1.0, 1.0))
+    """AMC's exploration noise over actions in [-1, 1]."""
+    return amc.truncated_normal(rng, mean, sigma, low=-1.0, high=1.0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+import gymnasium
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -15,20 +18,72 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from agents.algorithms import Algorithm
 from agents.episode import Memory, Trajectory
+from agents.exploration import Explorer, Guided
 from agents.features import JoinedFields
+from agents.view import AgentView
 
 Observations = dict[str, np.ndarray]
 
 
-class OffPolicy:
-    """DDPG, TD3, SAC, TQC: learns from every episode, whoever chose its actions."""
+class Learner(ABC):
+    """Acts on batches of observations, and learns from the newest episodes of a memory.
 
-    own_noise = False
+    Args:
+        algorithm: Its settings.
+        model: The SB3 algorithm.
+        episodes: Of the whole run.
+    """
+
+    placeholder: ClassVar[Mapping[str, Any]] = {}
+    """Sizes of the buffer that SB3 makes; each learner fills one of its own."""
 
     def __init__(self, algorithm: Algorithm, model: BaseAlgorithm, episodes: int) -> None:
         self.algorithm, self.model, self.episodes = algorithm, model, episodes
+
+    @abstractmethod
+    def act(self, seen: Observations) -> np.ndarray:
+        """Actions `[n]` for a batch of observations."""
+
+    @abstractmethod
+    def learn(self, memory: Memory, returns: np.ndarray, *, last: bool) -> dict[str, float]:
+        """Learn from episodes that are new; `last` if the chunk ends here. Returns what is logged."""
+
+    @abstractmethod
+    def remember(self, memory: Memory, returns: np.ndarray) -> None:
+        """Take in the episodes of a run that is resumed: what was learnt from them is there already."""
+
+    @staticmethod
+    def initialise(model: BaseAlgorithm) -> None:
+        """Let the deterministic policy be zero, which is the uniform plan."""
+        with torch.no_grad():
+            last = _last_layer(model)
+            last.weight.mul_(0.01)
+            last.bias.zero_()
+            if hasattr(model, "actor_target"):
+                model.actor_target.load_state_dict(model.actor.state_dict())
+
+    @staticmethod
+    def returns(paid: np.ndarray, top: float) -> np.ndarray:
+        """What is learnt from: rewards with the uniform plan at 0 and the dense network at 1, clipped to [-2, 2].
+
+        Args:
+            paid: `[episodes]` rewards; the first is that of the uniform plan.
+            top: The dense network's reward.
+        """
+        if not len(paid):
+            return paid
+        scale = max(abs(top - paid[0]), 0.01)
+        return np.clip((paid - paid[0]) / scale, -2.0, 2.0)
+
+
+class OffPolicy(Learner):
+    """DDPG, TD3, SAC, TQC: learns from every episode, whoever chose its actions."""
+
+    placeholder = {"buffer_size": 2}
+
+    def __init__(self, algorithm: Algorithm, model: BaseAlgorithm, episodes: int) -> None:
+        super().__init__(algorithm, model, episodes)
         self.stored = 0
 
     def act(self, seen: Observations) -> np.ndarray:
@@ -62,13 +117,13 @@ class OffPolicy:
         return DictReplayBuffer(size, space, model.action_space, "cpu", handle_timeout_termination=False)
 
 
-class OnPolicy:
+class OnPolicy(Learner):
     """PPO: learns from what it did itself, a few episodes at a time."""
 
-    own_noise = True
+    placeholder = {"n_steps": 32}
 
-    def __init__(self, algorithm: Algorithm, model: BaseAlgorithm) -> None:
-        self.algorithm, self.model = algorithm, model
+    def __init__(self, algorithm: Algorithm, model: BaseAlgorithm, episodes: int) -> None:
+        super().__init__(algorithm, model, episodes)
         self.used = 0
 
     def act(self, seen: Observations) -> np.ndarray:
@@ -116,30 +171,53 @@ class OnPolicy:
         model.rollout_buffer = buffer
 
 
-Learner = OffPolicy | OnPolicy
-"""Acts on batches of observations, and learns from the newest episodes of a memory."""
+@dataclass(frozen=True)
+class Algorithm:
+    """One learning algorithm with its settings here.
+
+    Attributes:
+        make: Its class.
+        learner: How it learns from episodes.
+        view: How it sees and acts: wraps the environment.
+        explorer: Makes a run's explorer from (problem, episodes=, guided=).
+        settings: Keyword arguments of the class.
+        policy: Keyword arguments of its policy.
+        defaults: Options of a run in which it differs from the other algorithms.
+        gradient_steps: Updates per episode (off-policy; AMC: per step), or passes over a batch of episodes (on-policy).
+        imitation_steps: Steps toward the best episodes after each update.
+        elite: How many best episodes are imitated.
+        batch_episodes: Episodes per update (on-policy).
+    """
+
+    make: type[BaseAlgorithm]
+    learner: type[Learner] = OffPolicy
+    view: Callable[..., gymnasium.Env] = AgentView
+    explorer: Callable[..., Explorer] = Guided
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    gradient_steps: int = 10
+    imitation_steps: int = 20
+    elite: int = 4
+    batch_episodes: int = 1
 
 
 def make_learner(algorithm: Algorithm, venv: VecEnv, *, episodes: int, seed: int) -> Learner:
-    """A fresh learner whose deterministic policy is the uniform plan.
+    """A fresh learner.
 
     Args:
         algorithm: From the table.
-        venv: Gives the spaces; its actions are relative to the even share.
+        venv: Gives the spaces; it shows the algorithm's view.
         episodes: Of the whole run.
         seed: Seed of the initial weights.
     """
-    policy = {**algorithm.policy, "features_extractor_class": JoinedFields}
-    model = algorithm.make("MultiInputPolicy", venv, policy_kwargs=policy, seed=seed, device="cpu", **_sizes(algorithm))
+    policy = {"features_extractor_class": JoinedFields, **algorithm.policy}
+    options = {**algorithm.settings, **algorithm.learner.placeholder}
+    model = algorithm.make("MultiInputPolicy", venv, policy_kwargs=policy, seed=seed, device="cpu", **options)
     model.set_logger(Logger(None, []))
     model._current_progress_remaining = 1.0
-    with torch.no_grad():
-        last = _last_layer(model)
-        last.weight.mul_(0.01)
-        last.bias.zero_()
-        if hasattr(model, "actor_target"):
-            model.actor_target.load_state_dict(model.actor.state_dict())
-    return OnPolicy(algorithm, model) if algorithm.on_policy else OffPolicy(algorithm, model, episodes)
+    algorithm.learner.initialise(model)
+    return algorithm.learner(algorithm, model, episodes)
 
 
 @contextmanager
@@ -236,8 +314,3 @@ def _last_layer(model: BaseAlgorithm) -> nn.Linear:
         if layer is not None:
             return [module for module in layer.modules() if isinstance(module, nn.Linear)][-1]
     raise ValueError(f"{type(model).__name__} has no layer for its mean action")
-
-
-def _sizes(algorithm: Algorithm) -> dict[str, Any]:
-    """Settings of the class; its own buffer is replaced by one of the run's size, so it starts tiny."""
-    return {**algorithm.settings, **({"n_steps": 32} if algorithm.on_policy else {"buffer_size": 2})}

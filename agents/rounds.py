@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
@@ -23,25 +24,30 @@ Row = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
 """A step of all workers: observations, actions as drafted, actions as applied."""
 
 
-def make_workers(problem: Problem, config: EnvConfig, *, workers: int) -> VecEnv:
+View = Callable[[ChannelPruningEnv], gymnasium.Env]
+"""Wraps an environment as an algorithm sees it."""
+
+
+def make_workers(problem: Problem, config: EnvConfig, *, workers: int, view: View = AgentView) -> VecEnv:
     """One environment here, or several in processes of their own, each of which builds the problem anew.
 
     Args:
         problem: Used when there is one worker.
         config: What processes build theirs from.
         workers: How many.
+        view: The algorithm's.
     """
     if workers == 1:
-        return DummyVecEnv([lambda: AgentView(ChannelPruningEnv(problem))])
-    return SubprocVecEnv([partial(_remote, config)] * workers)
+        return DummyVecEnv([lambda: view(ChannelPruningEnv(problem))])
+    return SubprocVecEnv([partial(_remote, config, view)] * workers)
 
 
-def _remote(config: EnvConfig) -> AgentView:
+def _remote(config: EnvConfig, view: View) -> gymnasium.Env:
     # Ctrl-C reaches the whole process group; the main process ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Two processes with two threads each stall one another (OpenMP spins), so a worker has one.
     torch.set_num_threads(1)
-    return AgentView(ChannelPruningEnv(make(config)))
+    return view(ChannelPruningEnv(make(config)))
 
 
 def play(
@@ -52,7 +58,7 @@ def play(
     Args:
         venv: All workers; episodes have the same number of steps in each.
         act: The learner's actions `[n]` for a batch of observations.
-        drafts: How each episode is played; workers beyond them play the uniform plan, which is not recorded.
+        drafts: How each episode is played; workers beyond them play zeros, which is not recorded.
         first: Number of the first draft's episode.
         guided: Episodes of the warm-up.
     """

@@ -16,15 +16,12 @@ import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents import exploration, rounds
+from agents import rounds
 from agents.algorithms import ALGORITHMS
 from agents.config import TrainConfig
 from agents.episode import Episode, Memory
 from agents.learner import Learner, load_tensors, make_learner, one_thread, tensors_of
 from agents.record import RunFolder
-from agents.view import actions_of, kept_by
-from baselines.method import case_of
-from baselines.search import KNOWN
 from prune_env.envs import dynamics
 from prune_env.envs.dynamics import Problem
 from prune_env.files import write
@@ -90,8 +87,9 @@ class _Search:
     ) -> None:
         self.problem, self.config, self.venv, self.run, self.observers = problem, config, venv, run, observers
         self.memory, self.chunks = Memory(), 0
-        self.learner = make_learner(ALGORITHMS[config.algorithm], venv, episodes=config.episodes, seed=config.seed)
-        self.known = known_actions(problem)
+        algorithm = ALGORITHMS[config.algorithm]
+        self.learner = make_learner(algorithm, venv, episodes=config.episodes, seed=config.seed)
+        self.explorer = algorithm.explorer(problem, episodes=config.episodes, guided=config.guided)
         self.top = sum(problem.reward(problem.dense, problem.dense, dynamics.start(problem).budget).values())
 
     def restore(self) -> None:
@@ -125,7 +123,9 @@ class _Search:
         """An episode in each worker, then what is learnt from them."""
         first = len(self.memory)
         numbers = range(first, min(first + self.venv.num_envs, self.config.episodes))
-        drafts = [self.draft(number, rng) for number in numbers]
+        # a generator per episode: how many draws one takes does not move the others
+        own = [np.random.default_rng(rng.integers(2**63)) for _ in numbers]
+        drafts = [self.explorer.draft(number, self.memory, own[i]) for i, number in enumerate(numbers)]
         played = rounds.play(self.venv, self.learner.act, drafts, first=first, guided=self.config.guided)
         for episode, trajectory in played:
             self.memory.add(episode, trajectory)
@@ -139,38 +139,13 @@ class _Search:
             for observer in self.observers:
                 observer.played(episode, best=best, scalars=scalars)
 
-    def draft(self, number: int, rng: np.random.Generator) -> exploration.Draft:
-        """How an episode will be played."""
-        best, steps = self.memory.best, self.problem.steps
-        measured = {tuple(episode.counts[step] for step in steps) for episode in self.memory.episodes}
-        return exploration.draft(
-            number,
-            episodes=self.config.episodes,
-            guided=self.config.guided,
-            known=self.known,
-            best=None if best is None else self.memory.trajectories[best].applied[:, 0],
-            own_noise=self.learner.own_noise,
-            played=lambda actions: kept_by(self.problem, actions) in measured,
-            # a generator per episode: how many draws one takes does not move the others
-            rng=np.random.default_rng(rng.integers(2**63)),
-        )
-
     def returns(self) -> np.ndarray:
-        """Rewards with the uniform plan at 0 and the dense network at 1, clipped to [-2, 2]."""
-        paid = np.array([episode.reward for episode in self.memory.episodes])
-        if not len(paid):
-            return paid
-        scale = max(abs(self.top - paid[0]), 0.01)
-        return np.clip((paid - paid[0]) / scale, -2.0, 2.0)
+        """What the learner makes of the rewards so far, `[episodes]`."""
+        return self.learner.returns(np.array([episode.reward for episode in self.memory.episodes]), self.top)
 
     def write_plan(self) -> None:
         """The best plan so far."""
         write(self.run.path / "plan.json", best_plan(self.problem, self.memory).to_json())
-
-
-def known_actions(problem: Problem) -> dict[str, np.ndarray]:
-    """Actions of the known plans, by name."""
-    return {method.name: actions_of(problem, method.allocate(case_of(method, problem))) for method in KNOWN}
 
 
 def _seed_all(seed: int) -> None:

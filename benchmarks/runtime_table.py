@@ -29,12 +29,18 @@ from baselines.runtime import RUNTIME_METHODS, attached, run_runtime
 from benchmarks.runtime_runs import learned, network_epochs
 from prune_env.files import write
 from prune_env.gates import gate_settings
+from prune_env.pruning import archive
+from prune_env.pruning.engine.deployed import deploy, plan_of, static_decisions
+from prune_env.pruning.engine.measurement import compare_latency
 from prune_env.pruning.gating.accounting import Accounting
 from prune_env.pruning.measure import Meter
 from prune_env.tasks.training.settings import DTYPES
 
 TRUSTS = {"static": 0.0, "runtime": 1.0, "both": 0.5}
 """Row -> trust of the run that it is."""
+
+IMAGES = 16
+"""Test images that latencies are taken on."""
 
 NAMES = {
     "static": "static only, R = 0",
@@ -73,6 +79,8 @@ class Settings:
     """Folder of the finished rows, one small JSON file each; `records` in the folder of the runs by default."""
     epochs: int | None = None
     """Epochs of the dense training; the task's own by default."""
+    latency: tuple[int, ...] = ()
+    """Numbers of threads to time each row's deployed network with, for one image; leave the machine alone then."""
     only_print: bool = False
     """Print the rows that are recorded, and make none."""
 
@@ -93,6 +101,12 @@ class Settings:
             threads=self.threads,
             seed=seed,
         )
+
+    def network(self, row: str, seed: int) -> Path:
+        """Where a row's deployed network is."""
+        if row in TRUSTS:
+            return self.runs / self.config(seed, TRUSTS[row]).name
+        return self.runs / f"{self.task}-keep{self.keep:g}-baselines-{row}-seed{seed}" / "deployed"
 
     def record(self, row: str, seed: int) -> Path:
         """Where a row is recorded."""
@@ -123,9 +137,12 @@ def baseline_row(settings: Settings, row: str, seed: int) -> Record:
             budget=budget,
             seed=seed,
             progress=tell,
-            folder=settings.runs / f"{settings.task}-keep{settings.keep:g}-baselines-{row}-seed{seed}",
+            folder=settings.network(row, seed).parent,
             threads=settings.threads,
         )
+        if not settings.network(row, seed).exists():
+            plan = plan_of(result.gated, static_decisions(result.gated, result.decide.static_keeps, result.trust))
+            archive.save(deploy(result.gated, result.decide), plan, settings.network(row, seed))
         dtype = DTYPES[gate_settings(task, epochs=1).dtype]
         dense = {
             name: Meter(*split.take(len(split)), dtype=dtype).accuracy_and_loss(task.network)[0]
@@ -147,16 +164,43 @@ def made(settings: Settings, row: str, seed: int, make: Callable[[Settings, str,
     return record
 
 
+def timed(settings: Settings, row: str, seed: int) -> None:
+    """Add the latency of a row's deployed network, and of the dense one beside it, to its record."""
+    file = settings.record(row, seed)
+    record = json.loads(file.read_text())
+    task, deployed = task_of(settings.config(seed)), archive.load(settings.network(row, seed))
+    images = task.test.take(IMAGES)[0].float().split(1)
+    record["latency_ms"] = {
+        str(threads): {
+            name: 1e3 * latency.median_s
+            for name, latency in compare_latency(task.network, deployed, images, threads=threads).items()
+        }
+        for threads in settings.latency
+    }
+    write(file, json.dumps(record, indent=2))
+
+
+def _latency(tests: Sequence[Record]) -> str:
+    """Milliseconds and gain by number of threads, means over seeds."""
+    cells = []
+    for threads in tests[0].get("latency_ms", {}):
+        both = [record["latency_ms"][threads] for record in tests if threads in record.get("latency_ms", {})]
+        dense, deployed = (float(np.mean([one[name] for one in both])) for name in ("dense", "deployed"))
+        cells.append(f"{deployed:.2f} ({dense / deployed:.2f}x)")
+    return ", ".join(cells)
+
+
 def table(records: Sequence[Record]) -> str:
     """The rows as a Markdown table: means over seeds, then each seed's accuracy and its distance to dense."""
     lines = [
-        "| decisions | test accuracy, % | against dense | faster, macs | macs, 5-95 % | params | by seed |",
-        "|---|---|---|---|---|---|---|",
+        "| decisions | test accuracy, % | against dense | fewer macs | macs, 5-95 % | params | ms an image | by seed |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     dense = {record["seed"]: record["dense"]["test"] for record in records}
     if dense:
         seeds = ", ".join(f"{100 * value:.2f}" for _, value in sorted(dense.items()))
-        lines.append(f"| dense | {100 * np.mean(list(dense.values())):.2f} | | 1.00x | 1.000 | 1.00 | {seeds} |")
+        mean = 100 * np.mean(list(dense.values()))
+        lines.append(f"| dense | {mean:.2f} | | 1.00x | 1.000 | 1.00 | {_dense(records)} | {seeds} |")
     for row, name in NAMES.items():
         some = sorted((record for record in records if record["row"] == row), key=lambda record: record["seed"])
         if not some:
@@ -169,9 +213,17 @@ def table(records: Sequence[Record]) -> str:
         seeds = ", ".join(f"{a:.2f} ({d:+.2f})" for a, d in zip(accuracies, drops, strict=True))
         lines.append(
             f"| {name} | {np.mean(accuracies):.2f} | {np.mean(drops):+.2f} | {1 / macs:.2f}x "
-            f"| {low:.3f}-{high:.3f} | {params:.2f} | {seeds} |"
+            f"| {low:.3f}-{high:.3f} | {params:.2f} | {_latency(some)} | {seeds} |"
         )
     return "\n".join(lines)
+
+
+def _dense(records: Sequence[Record]) -> str:
+    """Milliseconds of the dense network by number of threads, means over all rows that were timed."""
+    times = [record["latency_ms"] for record in records if "latency_ms" in record]
+    return ", ".join(
+        f"{np.mean([one[threads]['dense'] for one in times if threads in one]):.2f}" for threads in (times or [{}])[0]
+    )
 
 
 def recorded(settings: Settings) -> list[Record]:
@@ -186,6 +238,10 @@ def main(settings: Settings) -> None:
     for seed in () if settings.only_print else settings.seeds:
         for row in settings.rows:
             made(settings, row, seed, baseline_row if row in RUNTIME_METHODS else agents_row)
+    for seed in settings.seeds if settings.latency else ():
+        for row in settings.rows:
+            if settings.record(row, seed).exists():
+                timed(settings, row, seed)
     print(table(recorded(settings)))
 
 

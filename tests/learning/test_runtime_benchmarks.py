@@ -76,12 +76,14 @@ def test_the_table_comes_from_the_records(runs: Path, capsys: pytest.CaptureFixt
 def test_means_and_distances_by_hand() -> None:
     percentiles = {"5": 0.25, "95": 0.35}
     test = {"accuracy": 0.9, "dynamic_macs_share": 0.25, "params_share": 0.8, "dynamic_macs_percentiles": percentiles}
-    one = {"row": "both", "seed": 0, "dense": {"test": 0.92}, "test": test}
+    times = {"1": {"dense": 4.0, "deployed": 1.0}, "2": {"dense": 2.0, "deployed": 0.5}}
+    one = {"row": "both", "seed": 0, "dense": {"test": 0.92}, "test": test, "latency_ms": times}
     other = {**one, "seed": 1, "dense": {"test": 0.93}, "test": {**test, "accuracy": 0.88}}
-    lines = runtime_table.table([other, one]).splitlines()
+    lines = runtime_table.table([{**other, "latency_ms": times}, one]).splitlines()
     assert lines[2:] == [
-        "| dense | 92.50 | | 1.00x | 1.000 | 1.00 | 92.00, 93.00 |",
-        "| both, R = .5 | 89.00 | -3.50 | 4.00x | 0.250-0.350 | 0.80 | 90.00 (-2.00), 88.00 (-5.00) |",
+        "| dense | 92.50 | | 1.00x | 1.000 | 1.00 | 4.00, 2.00 | 92.00, 93.00 |",
+        "| both, R = .5 | 89.00 | -3.50 | 4.00x | 0.250-0.350 | 0.80 | 1.00 (4.00x), 0.50 (4.00x) "
+        "| 90.00 (-2.00), 88.00 (-5.00) |",
     ]
 
 
@@ -89,6 +91,13 @@ def test_rows_of_another_folder_are_read_from_finished_runs(runs: Path, tmp_path
     settings = table(runs, records=tmp_path, rows=("static", "runtime"))
     runtime_table.main(settings)
     assert runtime_table.recorded(settings) == runtime_table.recorded(dataclasses.replace(settings, records=None))
+
+
+def test_deployed_networks_are_timed_and_the_record_keeps_it(runs: Path) -> None:
+    settings = table(runs, rows=("fbs", "runtime"), latency=(1,))
+    runtime_table.main(settings)
+    for record in runtime_table.recorded(settings):
+        assert set(record["latency_ms"]["1"]) == {"dense", "deployed"}
 
 
 def test_a_folder_with_another_run_is_refused(runs: Path, tmp_path: Path) -> None:
