@@ -23,10 +23,9 @@ from agents.runtime_view import RuntimeView, StaticView
 from prune_env.envs.runtime_dynamics import RuntimeProblem, Scale
 from prune_env.envs.runtime_pruning import RuntimePruningVectorEnv
 from prune_env.files import write
-from prune_env.gates import gate_settings, train_gated
-from prune_env.pruning.gating.network import GatedNetwork, attach
+from prune_env.gates import attached, gate_settings, train_gated
+from prune_env.pruning.gating.network import GatedNetwork
 from prune_env.pruning.measure import Budget
-from prune_env.pruning.tracing import trace
 from prune_env.runtime_config import SCALE_IMAGES, problem_of
 from prune_env.tasks.task import Task
 
@@ -77,8 +76,7 @@ class RuntimeLearner:
 
     def __init__(self, task: Task, config: RuntimeTrainConfig, folder: Path) -> None:
         self.task, self.config, self.folder = task, config, folder
-        graph = trace(task.network, task.example)
-        self.gated: GatedNetwork = attach(task.network, graph, task.example, static=config.static_importance)
+        self.gated: GatedNetwork = attached(task, static=config.static_importance)
         self.problem: RuntimeProblem = problem_of(task, self.gated, config.env())
         self.budget: Budget = self.problem.budget_of(config.budget if config.keep is None else self._macs(config.keep))
         low, high = (

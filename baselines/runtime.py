@@ -42,14 +42,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from prune_env.gates import deciding, gate_settings, gates_hook
+from prune_env.gates import attached, deciding, gate_settings, gates_hook
 from prune_env.pruning.gating.fixed import FixedDecisions
 from prune_env.pruning.gating.layer import RectifiedLinear
 from prune_env.pruning.gating.measurement import RuntimeMeasurement, measure_runtime
-from prune_env.pruning.gating.network import GatedNetwork, attach
+from prune_env.pruning.gating.network import GatedNetwork
 from prune_env.pruning.gating.tradeoff import check_trust, decide_static
 from prune_env.pruning.measure import Budget
-from prune_env.pruning.tracing import trace
 from prune_env.tasks.images import Split
 from prune_env.tasks.task import Task
 from prune_env.tasks.training import Hook, TrainingState, TrainReport, TrainSettings, train
@@ -69,11 +68,6 @@ LEAST = 1e-6
 """A share that leaves one channel in any layer."""
 
 BATCH = 128
-
-
-def attached(task: Task) -> GatedNetwork:
-    """The task's network with a linear gate at every group that can carry one."""
-    return attach(task.network, trace(task.network, task.example), task.example)
 
 
 def rectified(task: Task) -> GatedNetwork:

@@ -34,8 +34,27 @@ GATES_RATE = 1e-3
 REFRESH = 50
 """Steps between two refreshes of the static predictor's features. The official code computes them once."""
 
-VERSION = 2
+VERSION = 3
 """Part of the cache's key: raise it when the same settings give another network."""
+
+
+CALIBRATION = 512
+"""Training images from which the predictors' inputs are standardised."""
+
+
+def attached(task: Task, *, static: str = "vector") -> GatedNetwork:
+    """The task's network with a gate at every group that can carry one, ready to be trained.
+
+    Args:
+        task: Whose dense network; it is left as it is.
+        static: Form of the static importance.
+
+    Raises:
+        ValueError: An unknown static importance, or a network without a layer that can carry a gate.
+    """
+    gated = attach(task.network, trace(task.network, task.example), task.example, static=static)
+    gated.calibrate(task.calibration(CALIBRATION)[0])
+    return gated
 
 
 @contextmanager
@@ -132,8 +151,7 @@ def prepared(
         ValueError: A network without a layer that can carry a gate, or a corrupt file in the cache.
         TrainingDiverged: The loss became NaN or Inf.
     """
-    example = task.example
-    gated = attach(task.network, trace(task.network, example), example, static=static)
+    gated = attached(task, static=static)
     epochs = GATE_EPOCHS.get(task.data, 1) if epochs is None else epochs
     if epochs == 0:
         return gated.eval()

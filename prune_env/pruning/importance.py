@@ -114,6 +114,16 @@ def l1(evidence: Evidence) -> Scores:
     return {group.name: sum(w.abs().sum((1, 2)) for w in _filters(evidence, group)) for group in evidence.groups}
 
 
+def l1_inputs(evidence: Evidence) -> Scores:
+    """Sum of the absolute weights that read a unit, over all consumers (AMC: He et al., ECCV 2018)."""
+    scores = {group.name: torch.zeros(group.channels) for group in evidence.groups}
+    for group in evidence.groups:
+        for slot in group.consumers:
+            weight = oriented(evidence.network.get_submodule(slot.module)).abs()
+            scores[group.name] += _per_channel(weight.sum(0).reshape(weight.shape[1], -1).sum(1), slot, group)
+    return scores
+
+
 def l2(evidence: Evidence) -> Scores:
     """Euclidean norm of a unit's weights."""
     return {
@@ -254,6 +264,7 @@ def random(evidence: Evidence) -> Scores:
 IMPORTANCES: Mapping[str, Criterion] = MappingProxyType(
     {
         "l1": Criterion(l1),
+        "l1_inputs": Criterion(l1_inputs),
         "l2": Criterion(l2),
         "lamp": Criterion(lamp),
         "geometric_median": Criterion(geometric_median),

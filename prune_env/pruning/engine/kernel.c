@@ -49,6 +49,7 @@ typedef struct {
     const float *score;         /* [output] static score */
     const unsigned char *doubted; /* [output] outside the static top */
     const int *behind;          /* [output] outputs in rising order of static score, ties: higher index first */
+    const int *column;          /* [column] the output that each column of the weight is */
     double trust;
     double keep;                /* share of `full` that may be active, where no policy decides */
 } Gate;
@@ -165,7 +166,7 @@ static void remember(const Policy *p, const Seat *s, double asked, int active, M
 }
 
 /* Equations 3 to 5 of Chen, Chen, Pan (2020) on what the static cut left; see tradeoff.py, whose `select` this is. */
-static int select_active(const Gate *g, const float *score, int n, int count, int *active)
+static int select_active(const Gate *g, const float *score, int n, int count, int *active, int *columns)
 {
     unsigned char outside[n], pruned[n];
     float key[n]; /* NaN stands first, as torch sorts it: each channel must have a place of its own */
@@ -191,8 +192,11 @@ static int select_active(const Gate *g, const float *score, int n, int count, in
         if (!outside[c] && g->doubted[c]) { pruned[c] = 1; share--; }
     }
     int kept = 0;
-    for (int c = 0; c < n; c++)
-        if (!pruned[c]) active[kept++] = c;
+    for (int at = 0; at < n; at++) {
+        if (pruned[g->column[at]]) continue;
+        active[kept] = g->column[at];
+        columns[kept++] = at;
+    }
     return kept;
 }
 
@@ -200,12 +204,14 @@ static int select_active(const Gate *g, const float *score, int n, int count, in
  *
  * x: [positions][channels] what the layer reads; inputs: the stored input that each channel is, or NULL for all.
  * policy, seat, memory: NULL where the gate's own share holds.
- * active, scale, shift: [outputs] the answer: active outputs, and what the norm and the gate do to each.
+ * active, columns, scale, shift: [outputs] the answer: active outputs in the order of the weight's columns, those columns,
+ * and what the norm and the gate do to each.
  * space: 2 * inputs + outputs floats.
  * Returns the number of active outputs.
  */
 int decide(const Layer *l, const Gate *g, const Policy *policy, const Seat *seat, Memory *memory, const float *x,
-           int positions, const int *inputs, int channels, int *active, float *scale, float *shift, float *space)
+           int positions, const int *inputs, int channels, int *active, int *columns, float *scale, float *shift,
+           float *space)
 {
     float *sum = space, *pooled = sum + l->inputs, *score = pooled + l->inputs;
     memset(space, 0, sizeof(float) * 2 * l->inputs);
@@ -220,7 +226,7 @@ int decide(const Layer *l, const Gate *g, const Policy *policy, const Seat *seat
     if (policy) asked = fmin(fmax(ask(policy, seat, l, pooled, score, memory), policy->least), 1.0);
     int count = (int)nearbyint(asked * g->full);
     count = count < 1 ? 1 : count > g->full ? g->full : count;
-    int kept = select_active(g, score, l->outputs, count, active);
+    int kept = select_active(g, score, l->outputs, count, active, columns);
     if (policy) remember(policy, seat, asked, kept, memory);
     for (int j = 0; j < kept; j++) {
         int c = active[j];
@@ -381,6 +387,7 @@ static void pack(const Task *t, float *packed, int from, int to, int row)
 #if defined(__AVX512F__)
                 float *to_ = out;
                 for (int v = 0; v < BLOCK / LANES; v++) {
+                    if (!wanted[v]) continue;
                     int width = __builtin_popcount(wanted[v]);
                     __m512 front = _mm512_maskz_compress_ps(wanted[v], _mm512_loadu_ps(in + v * LANES));
                     _mm512_mask_storeu_ps(to_, (__mmask16)((1u << width) - 1), front);
@@ -413,11 +420,18 @@ static void work(const Task *t, float *space, int start, int end, int from, int 
     Job job = { t->padded ? border : t->x, rows, offsets, t->channels, taps,
                 (ptrdiff_t)row * (t->packs ? t->channels : l->inputs), t->scale, t->shift, l->rectify,
                 t->packs ? NULL : t->chosen, t->outputs, t->y };
-    for (int column = from; column < to;) {
+    for (int column = from, next = 0; column < to;) {
         int limit = t->packs ? to : (column / BLOCK + 1) * BLOCK, left = (to < limit ? to : limit) - column;
         int vectors = left >= COLUMNS * LANES ? COLUMNS : (left + LANES - 1) / LANES;
         const float *weights = t->packs ? packed + column - from
                                         : l->weight + (ptrdiff_t)(column / BLOCK) * taps * l->inputs * BLOCK + column % BLOCK;
+        if (job.chosen) { /* no active output among these columns: often, as they are sorted by expected score */
+            while (next < t->outputs && t->chosen[next] < column) next++;
+            if (next == t->outputs || t->chosen[next] >= column + vectors * LANES) {
+                column += vectors * LANES;
+                continue;
+            }
+        }
         for (int p = start; p < end;) {
             int n = end - p >= ROWS ? ROWS : end - p >= 4 ? 4 : end - p >= 2 ? 2 : 1, at[ROWS];
             for (int m = 0; m < n; m++)

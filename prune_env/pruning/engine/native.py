@@ -49,7 +49,7 @@ class Gate(Structure):
 
     _fields_ = [
         *((name, c_int) for name in ("full", "rectify")),
-        *((name, c_void_p) for name in ("weight", "bias", "shift", "score", "doubted", "behind")),
+        *((name, c_void_p) for name in ("weight", "bias", "shift", "score", "doubted", "behind", "column")),
         *((name, c_double) for name in ("trust", "keep")),
     ]
 
@@ -127,7 +127,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.decide.restype = c_int
     library.decide.argtypes = [
         POINTER(Layer), POINTER(Gate), pointer, pointer, pointer, pointer, number, pointer, number,
-        pointer, pointer, pointer, pointer,
+        pointer, pointer, pointer, pointer, pointer,
     ]  # fmt: skip
     library.convolve.restype = None
     library.convolve.argtypes = [

@@ -145,13 +145,22 @@ class LayerStep:
         norm: BatchNorm behind it, folded in.
         rectify: Whether a rectifier follows, folded in.
         reader: Which inputs are channels of gated layers.
+        columns: The output that each column of the laid out weight is; None for their own order.
     """
 
     def __init__(
-        self, module: nn.Module, flow: Flow, *, norm: nn.Module | None, rectify: bool, reader: Reader | None
+        self,
+        module: nn.Module,
+        flow: Flow,
+        *,
+        norm: nn.Module | None,
+        rectify: bool,
+        reader: Reader | None,
+        columns: Tensor | None = None,
     ) -> None:
         self.flow, self.kernel, self.linear = flow, flow.kernel, isinstance(module, nn.Linear)
         weight = module.weight.detach().float()
+        weight = weight if columns is None else weight[columns]
         outputs, inputs = weight.shape[:2]
         blocks = -(-outputs // BLOCK)
         rows = torch.zeros(weight[0, 0].numel(), inputs, blocks * BLOCK)
@@ -259,9 +268,13 @@ class GateStep(LayerStep):
 
     def __init__(self, gated: GatedLayer, flow: Flow, at: int, *, rectify: bool, reader: Reader | None) -> None:
         norm = gated.norm if isinstance(gated.norm, nn.Module) and not isinstance(gated.norm, nn.Identity) else None
-        super().__init__(gated.producer, flow, norm=norm, rectify=rectify, reader=reader)
+        # Channels of the highest expected score first: what is seldom active lies together, and is seldom read.
+        columns = gated.gate.bias.detach().argsort(descending=True)
+        super().__init__(gated.producer, flow, norm=norm, rectify=rectify, reader=reader, columns=columns)
         self.at, choice = at, flow.choices[at]
-        self.gate = _gate(gated, choice, flow)
+        self.gate = _gate(gated, choice, flow, columns)
+        self.columns = torch.zeros(self.outputs, dtype=torch.int32)
+        self.chosen = self.columns.data_ptr()
         self.seat = None if flow.policy is None else byref(flow.seat(at))
         self.factors = torch.zeros(2, self.outputs)
         self.scale, self.shift = (row.data_ptr() for row in self.factors)
@@ -286,11 +299,11 @@ class GateStep(LayerStep):
         read, seen = (None, held) if source is not None else (inputs, channels)
         kept = self.kernel.decide(
             self.reference, byref(self.gate), policy, self.seat, memory, x.data_ptr(), height * width, read, seen,
-            flow.pointers[at], self.scale, self.shift, flow.space(2 * self.layer.inputs + self.outputs),
+            flow.pointers[at], self.chosen, self.scale, self.shift, flow.space(2 * self.layer.inputs + self.outputs),
         )  # fmt: skip
         flow.kept[at] = kept
         y = self._convolve(
-            x, height, width, source, inputs, channels, held, flow.pointers[at], kept, self.scale, self.shift
+            x, height, width, source, inputs, channels, held, self.chosen, kept, self.scale, self.shift
         )
         if not flow.whole[at]:
             return y
@@ -301,7 +314,7 @@ class GateStep(LayerStep):
         return full.index_copy_(axis, flow.active[at][:kept].long(), y)
 
 
-def _gate(gated: GatedLayer, choice: Choice, flow: Flow) -> native.Gate:
+def _gate(gated: GatedLayer, choice: Choice, flow: Flow, columns: Tensor) -> native.Gate:
     # Lowest static score first; of equal ones the higher index, as in the trade-off's order turned round.
     behind = choice.score.argsort(descending=True, stable=True).flip(0)
     weight, bias = gated.predictor()
@@ -314,6 +327,7 @@ def _gate(gated: GatedLayer, choice: Choice, flow: Flow) -> native.Gate:
         score=flow.pin(choice.score),
         doubted=flow.pin(choice.doubted, torch.uint8),
         behind=flow.pin(behind, torch.int32),
+        column=flow.pin(columns, torch.int32),
         trust=choice.trust,
         keep=choice.keep,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,23 @@ class RectifiedLinear(nn.Linear):
         return super().forward(x).relu()
 
 
+class FixedNorm(nn.BatchNorm1d):
+    """A norm whose statistics are those of `calibrate`, in training as in evaluation.
+
+    Running ones would follow the masks: a channel that is never active comes to have no variance, and its first value
+    after that would count as hundreds of deviations.
+    """
+
+    def forward(self, x: Float[Tensor, "sample input"]) -> Float[Tensor, "sample input"]:
+        """`[sample, input]` standardised."""
+        return (x - self.running_mean) * (self.running_var + self.eps).rsqrt()
+
+    def calibrate(self, x: Float[Tensor, "sample input"]) -> None:
+        """Take each input's mean, and one variance for all: an input that hardly varies is not blown up."""
+        self.running_mean.copy_(x.mean(0))
+        self.running_var.fill_(float(x.var(0, correction=0).mean()))
+
+
 class GatedLayer(nn.Module):
     """A producer, its BatchNorm without scale and shift, and the predictor that takes their place.
 
@@ -64,10 +81,10 @@ class GatedLayer(nn.Module):
     so that two negative scores leave a negative gate, and the rectifier behind it closes what is positive in the
     channel. `W` starts at zero (the paper does not say): at first every gate is the BatchNorm's scale, bit for bit.
 
-    Deviation: `s` is standardised over images by running statistics, and divided by the root of its length. It is the
-    same linear layer (`predictor` folds both in), but it learns: averages differ little between images (by .02 to .05
-    in a trained network whose scales are .1 to .3), so that the gradient of a plain `W` is all but that of `b`, and
-    every image gets the same choice.
+    Deviation: `s` is standardised with statistics of the dense network (`GatedNetwork.calibrate`), and divided by the
+    root of its length. It is the same linear layer (`predictor` folds both in), but it learns: averages differ little
+    between images (by .02 to .05 in a trained network whose scales are .1 to .3), so that the gradient of a plain `W`
+    is all but that of `b`, and every image gets the same choice.
 
     Attributes:
         producer: The convolution or linear layer; it has a bias only in front of a norm.
@@ -94,7 +111,7 @@ class GatedLayer(nn.Module):
             self.norm = _without_affine(norm)
             if norm.affine:
                 scale, shift, self.added = norm.weight.detach().clone(), norm.bias.detach().clone(), 0
-        self.sight, self.gain = nn.BatchNorm1d(inputs, affine=False), inputs**-0.5
+        self.sight, self.gain = FixedNorm(inputs, affine=False), inputs**-0.5
         self.gate = nn.utils.skip_init(nn.Linear, inputs, channels)
         with torch.no_grad():
             self.gate.weight.zero_()
@@ -120,6 +137,17 @@ class GatedLayer(nn.Module):
         with torch.no_grad():
             weight = self.gate.weight * (self.sight.running_var + self.sight.eps).rsqrt() * self.gain
             return weight, self.gate.bias - weight @ self.sight.running_mean
+
+    def absorb_zeros(self, whole: GatedLayer, kept: Sequence[int] | None) -> None:
+        """Give the bias what lost inputs, always zero, say to the predictor once they are standardised.
+
+        Args:
+            whole: The layer before some of its inputs, and perhaps outputs, were cut.
+            kept: Its outputs that are left; None for all.
+        """
+        (weight, _), (_, bias) = self.predictor(), whole.predictor()
+        with torch.no_grad():
+            self.gate.bias.copy_((bias if kept is None else bias[list(kept)]) + weight @ self.sight.running_mean)
 
     def _positions(self, x: Float[Tensor, "sample ..."]) -> tuple[int, ...]:
         """Axes of the layer's input or output that are neither samples nor channels."""

@@ -84,6 +84,28 @@ class GatedNetwork(nn.Module):
             for layer in layers:
                 layer._turn = None
 
+    @torch.no_grad()
+    def calibrate(self, images: Float[Tensor, "sample ..."]) -> None:
+        """Take from some inputs, with every channel active, what the predictors' inputs are standardised by.
+
+        A network whose predictors have learned something computes something else afterwards.
+        """
+        seen: dict[int, Tensor] = {}
+        handles = [
+            layer.sight.register_forward_pre_hook(lambda _, args, at=at: seen.update({at: args[0]}))
+            for at, layer in enumerate(self.layers)
+        ]
+        before, self.decide = self.decide, None
+        try:
+            with evaluating(self):
+                self(images)
+        finally:
+            self.decide = before
+            for handle in handles:
+                handle.remove()
+        for at, layer in enumerate(self.layers):
+            layer.sight.calibrate(seen[at])
+
     def refresh(self) -> None:
         """Bring the features of the static importance up to date with the weights and their gradients."""
         self.static.refresh({at: layer.producer.weight for at, layer in enumerate(self.layers)})
@@ -107,6 +129,9 @@ class GatedNetwork(nn.Module):
         )
         result = GatedNetwork(small, static, _cut_graph(self.graph, plan), self.names, dict(self.skipped))
         result.training = self.training
+        for name, layer, whole in zip(self.names, result.layers, self.layers, strict=True):
+            if layer.gate.in_features < whole.gate.in_features:
+                layer.absorb_zeros(whole, plan.keep.get(name))
         return result
 
 
