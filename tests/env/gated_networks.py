@@ -81,6 +81,8 @@ def trained(name: str, seed: int = 0, static: str = "vector") -> GatedNetwork:
             layer.gate.weight += noise(layer.gate.weight, 0.02)
             layer.gate.bias += noise(layer.gate.bias, 0.3)
             layer.shift += noise(layer.shift, 0.3)
+            layer.sight.running_mean += noise(layer.sight.running_mean, 0.5)
+            layer.sight.running_var.fill_(0.4)
         for parameter in gated.static.parameters():
             parameter += noise(parameter, 0.5 if static == "vector" else 0.1)
     return gated

@@ -34,6 +34,22 @@ def test_counts_are_multiples_from_the_minimum_on_or_the_whole_group(channels, m
     assert counts.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("channels", "min_keep", "round_to", "expected"),
+    [
+        (5, 0.2, 1, [1, 2, 3, 4, 5]),
+        (5, 0.21, 1, [2, 3, 4, 5]),
+        (10, 0.7, 1, [7, 8, 9, 10]),
+        (30, 0.1 * 3, 1, list(range(9, 31))),
+        (16, 0.2, 8, [8, 16]),
+        (20, 0.5, 8, [16, 20]),
+        (4, 1.0, 1, [4]),
+    ],
+)
+def test_counts_begin_at_the_least_share(channels, min_keep, round_to, expected):
+    assert dynamics.allowed_counts(channels, min_keep=min_keep, round_to=round_to).tolist() == expected
+
+
 def test_a_worked_example_of_the_outlook():
     # macs = 2 (3 a + a b + 5 b): dense 2 (12 + 24 + 30) = 132, at one channel each 2 (3 + 1 + 5) = 18.
     problem = problem_of(chain([4, 6]), budget=0.5)

@@ -249,3 +249,18 @@ def test_copies_and_state_dicts_carry_all_of_it(static: str) -> None:
         twin.layers[0].shift += 1
         assert not torch.equal(twin(x), expected)
         assert torch.equal(gated(x), expected)
+
+
+def test_calibration_standardises_what_predictors_read_and_leaves_a_fresh_network_alone() -> None:
+    gated, images = fresh("chain").eval(), torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = gated(images)
+    gated.calibrate(images)
+    torch.testing.assert_close(gated(images), before)
+    for layer in gated.layers:
+        assert len(layer.sight.running_var.unique()) == 1  # one variance for all inputs
+    first = gated.layers[0]
+    seen = first.sight(images.mean((2, 3)))
+    torch.testing.assert_close(seen.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen.var(0, correction=0).mean(), torch.tensor(1.0), atol=1e-2, rtol=0)
+    first.train()
+    torch.testing.assert_close(first.sight(images.mean((2, 3))), seen)  # nothing runs along in training

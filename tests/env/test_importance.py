@@ -43,6 +43,23 @@ def test_l1_by_hand() -> None:
     assert found("l1") == [7, 0, 17]
 
 
+def test_l1_of_the_inputs_by_hand() -> None:
+    network, group = three_channels()
+    with torch.no_grad():
+        network[3].weight.copy_(torch.tensor([[1.0, -2.0, 0.0], [3.0, 0.5, 0.0]]))
+    assert IMPORTANCES["l1_inputs"](network, group, ONE_BATCH).tolist() == [4, 2.5, 0]
+
+
+def test_l1_of_the_inputs_sums_over_the_kernel_and_over_the_map_behind_a_flatten() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, (1, 2)), nn.Flatten(), nn.Linear(4, 1))
+    read = slot("1", "in", [0, 1], [0, 1]), slot("3", "in", [0, 1, 2, 3], [0, 0, 1, 1])
+    with torch.no_grad():
+        network[1].weight.copy_(torch.tensor([[[[1.0, -2.0]], [[0.0, 4.0]]]]))
+        network[3].weight.copy_(torch.tensor([[1.0, 1.0, -5.0, 0.0]]))
+    group = Group("0", 2, (slot("0", "out", [0, 1], [0, 1]),), (), read)
+    assert IMPORTANCES["l1_inputs"](network, group, ONE_BATCH).tolist() == [3 + 2, 4 + 5]
+
+
 def test_l2_by_hand() -> None:
     assert found("l2") == [5, 0, 13]
 
