@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from agents import plot
 from agents.config import TrainConfig
 from agents.episode import Episode, Memory
+from agents.report import uniform_plan
 from prune_env.envs.dynamics import Problem
 
 
@@ -60,7 +61,7 @@ class TensorBoard:
         self.folder, self.problem, self.hparams = folder, problem, hparams
         self.writer: Any = None
         self.best: Episode | None = None
-        self.uniform: tuple[int, ...] | None = None
+        self.uniform = tuple(problem.graph.counts(uniform_plan(problem)).tolist())
         self.drawn = -1
 
     def resumed(self, memory: Memory) -> None:
@@ -73,12 +74,11 @@ class TensorBoard:
         start = len(memory)
         self.writer = SummaryWriter(str(self.folder), purge_step=start if start else None)
         if memory.best is not None:
-            self.best, self.uniform = memory.episodes[memory.best], memory.episodes[0].counts
+            self.best = memory.episodes[memory.best]
             self.drawn = self.best.number
 
     def played(self, episode: Episode, *, best: bool, scalars: dict[str, float]) -> None:
         """Log an episode."""
-        self.uniform = self.uniform or episode.counts
         self.best = episode if best or self.best is None else self.best
         dense = self.problem.dense
         values = {
@@ -100,7 +100,7 @@ class TensorBoard:
     def saved(self, memory: Memory) -> None:
         """Draw the best plan if it is new since the last checkpoint, and push everything to disk."""
         if self.best is not None and self.best.number != self.drawn:
-            figure = plot.plan_figure(self.problem, self.best.counts, self.uniform or self.best.counts)
+            figure = plot.plan_figure(self.problem, self.best.counts, self.uniform)
             self.writer.add_figure("plan/best", figure, self.best.number)
             self.drawn = self.best.number
         self.writer.flush()

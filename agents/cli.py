@@ -16,16 +16,22 @@ from rich.progress import Progress
 BAD_INPUT, INTERRUPTED = 2, 130
 
 
-def parse(target: Callable[..., Any], arguments: list[str], *, program: str) -> Any:
+def parse(target: Callable[..., Any], arguments: list[str], *, program: str, default: Any = None) -> Any:
     """Arguments by a signature; `--help` prints and exits.
+
+    Args:
+        target: A dataclass or a function.
+        arguments: Words of the command line.
+        program: The command, for the help.
+        default: An instance of the dataclass, whose values stand where none is given.
 
     Raises:
         ValueError: They do not fit, in one line.
     """
-    said = io.StringIO()
+    said, given = io.StringIO(), {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(target, args=arguments, prog=program, description=target.__doc__)
+            return tyro.cli(target, args=arguments, prog=program, description=target.__doc__, **given)
     except SystemExit as end:
         if not end.code:
             raise

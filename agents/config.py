@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from agents.algorithms import ALGORITHMS
 from prune_env.config import EnvConfig
@@ -50,6 +50,8 @@ class TrainConfig:
     """Refit of the layers behind a cut: none, moments, sequential or auto."""
     min_channels: int = 1
     """Fewest channels that a group may keep."""
+    min_keep: float = 0.0
+    """Least share of its channels that a group may keep."""
     round_to: int = 1
     """Kept counts are multiples of it, or the whole group."""
     leave: tuple[str, ...] = ()
@@ -57,7 +59,7 @@ class TrainConfig:
     calibration_images: int = 512
     """Training images for recalibration, refit and data-driven importance."""
     algorithm: str = "td3"
-    """Who learns: ddpg, td3, sac, tqc or ppo."""
+    """Who learns: ddpg, td3, sac, tqc or ppo; amc (scaled down) or amc_paper, with defaults of their own."""
     episodes: int = 200
     """Networks that are cut and measured."""
     warm_up: int | None = None
@@ -93,6 +95,17 @@ class TrainConfig:
         if not 0 < self.fine_tune_lr < float("inf"):
             raise ValueError(f"fine_tune_lr is {self.fine_tune_lr}; a finite number above 0 is allowed")
         self.env()  # every field of the environment is checked there
+
+    @classmethod
+    def of(cls, algorithm: str, **options: Any) -> TrainConfig:
+        """A config with an algorithm's own defaults.
+
+        Raises:
+            ValueError: An unknown algorithm, or a value that is not allowed.
+        """
+        if algorithm not in ALGORITHMS:
+            raise ValueError(unknown("algorithm", algorithm, ALGORITHMS))
+        return cls(**{"algorithm": algorithm, **ALGORITHMS[algorithm].defaults, **options})
 
     def check_algorithm(self) -> None:
         """Refuse an unknown algorithm.

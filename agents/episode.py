@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-PHASES = ("warm-up", "learning")
+PHASES = WARM_UP, LEARNING = ("warm-up", "learning")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import gymnasium
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from agents.episode import Memory, Trajectory
 from agents.exploration import Explorer, Guided
 from agents.features import JoinedFields
-from agents.view import AgentView
+from agents.view import AgentView, View
 
 Observations = dict[str, np.ndarray]
 
@@ -80,7 +79,7 @@ class Learner(ABC):
 class OffPolicy(Learner):
     """DDPG, TD3, SAC, TQC: learns from every episode, whoever chose its actions."""
 
-    placeholder = {"buffer_size": 2}
+    placeholder: ClassVar[Mapping[str, Any]] = {"buffer_size": 2}
 
     def __init__(self, algorithm: Algorithm, model: BaseAlgorithm, episodes: int) -> None:
         super().__init__(algorithm, model, episodes)
@@ -97,19 +96,22 @@ class OffPolicy(Learner):
         self.model.train(new * self.algorithm.gradient_steps, self.model.batch_size)
         steps = new * self.algorithm.imitation_steps
         loss = imitate(self.model, self.model.actor.optimizer, memory.elite(self.algorithm.elite), steps)
-        return {**_drain(self.model), "train/imitation_loss": loss}
+        return {**logged(self.model), "train/imitation_loss": loss}
 
     def remember(self, memory: Memory, returns: np.ndarray) -> None:
-        """Copy episodes that the replay buffer does not hold yet; each transition is final and carries the return."""
+        """Copy episodes that the replay does not hold yet; each step is final and carries the episode's return."""
         for i in range(self.stored, len(memory)):
-            trajectory = memory.trajectories[i]
-            if self.stored == 0:
-                self.model.replay_buffer = self._buffer(len(trajectory.applied))
-            for step, action in enumerate(trajectory.applied):
-                seen = {name: rows[step : step + 1] for name, rows in trajectory.seen.items()}
-                paid = np.array([returns[i]], dtype=np.float32)
-                self.model.replay_buffer.add(seen, seen, action[None], paid, np.ones(1, dtype=np.float32), [{}])
+            for step in range(len(memory.trajectories[i].taken)):
+                self.store(memory.trajectories[i], step, float(returns[i]))
             self.stored = i + 1
+
+    def store(self, trajectory: Trajectory, step: int, paid: float) -> None:
+        """Add a step to the replay."""
+        if self.stored == 0 and step == 0:
+            self.model.replay_buffer = self._buffer(len(trajectory.taken))
+        seen = {name: rows[step : step + 1] for name, rows in trajectory.seen.items()}
+        reward, ends = np.array([paid], dtype=np.float32), np.ones(1, dtype=np.float32)
+        self.model.replay_buffer.add(seen, seen, trajectory.applied[step][None], reward, ends, [{}])
 
     def _buffer(self, steps: int) -> DictReplayBuffer:
         space, model = self.model.observation_space, self.model
@@ -120,7 +122,7 @@ class OffPolicy(Learner):
 class OnPolicy(Learner):
     """PPO: learns from what it did itself, a few episodes at a time."""
 
-    placeholder = {"n_steps": 32}
+    placeholder: ClassVar[Mapping[str, Any]] = {"n_steps": 32}
 
     def __init__(self, algorithm: Algorithm, model: BaseAlgorithm, episodes: int) -> None:
         super().__init__(algorithm, model, episodes)
@@ -144,7 +146,7 @@ class OnPolicy(Learner):
             self.model.train()
         steps = len(new) * self.algorithm.imitation_steps
         loss = imitate(self.model, self.model.policy.optimizer, memory.elite(self.algorithm.elite), steps)
-        return {**_drain(self.model), "train/imitation_loss": loss}
+        return {**logged(self.model), "train/imitation_loss": loss}
 
     def remember(self, memory: Memory, returns: np.ndarray) -> None:
         """Nothing of earlier episodes is kept."""
@@ -191,7 +193,7 @@ class Algorithm:
 
     make: type[BaseAlgorithm]
     learner: type[Learner] = OffPolicy
-    view: Callable[..., gymnasium.Env] = AgentView
+    view: View = AgentView
     explorer: Callable[..., Explorer] = Guided
     settings: Mapping[str, Any] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
@@ -300,7 +302,7 @@ def _batch(trajectories: list[Trajectory]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.concatenate([t.seen[name] for t in trajectories])) for name in names}
 
 
-def _drain(model: BaseAlgorithm) -> dict[str, float]:
+def logged(model: BaseAlgorithm) -> dict[str, float]:
     """What the algorithm logged about its update."""
     values = {key: float(value) for key, value in model.logger.name_to_value.items() if key.startswith("train/")}
     model.logger.name_to_value.clear()

@@ -15,17 +15,13 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from agents.episode import PHASES, Episode, Trajectory
 from agents.exploration import Draft
 from agents.learner import one_thread
-from agents.view import AgentView
+from agents.view import AgentView, View
 from prune_env.config import EnvConfig, make
 from prune_env.envs.channel_pruning import ChannelPruningEnv
 from prune_env.envs.dynamics import Problem
 
 Row = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
 """A step of all workers: observations, actions as drafted, actions as applied."""
-
-
-View = Callable[[ChannelPruningEnv], gymnasium.Env]
-"""Wraps an environment as an algorithm sees it."""
 
 
 def make_workers(problem: Problem, config: EnvConfig, *, workers: int, view: View = AgentView) -> VecEnv:

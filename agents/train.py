@@ -14,6 +14,7 @@ from rich.console import Console
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents import plot
+from agents.algorithms import ALGORITHMS
 from agents.callbacks import Bar, TensorBoard
 from agents.cli import INTERRUPTED, guarded, parse, stages
 from agents.config import DEMONSTRATION, TrainConfig
@@ -25,6 +26,8 @@ from prune_env.config import Material, build, make_task
 from prune_env.envs.dynamics import Problem
 from prune_env.files import sweep, write
 from prune_env.tasks.task import Task
+
+PROGRAM = "python -m agents.train"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    order = parse(Order, arguments, program="python -m agents.train")
+    order = parse(Order, arguments, program=PROGRAM)
+    if ALGORITHMS[order.config.algorithm].defaults:
+        # once more: what was not given is then the algorithm's own
+        own = Order(TrainConfig.of(order.config.algorithm))
+        order = parse(Order, arguments, program=PROGRAM, default=own)
     config, runs = order.config if arguments else DEMONSTRATION, order.runs
     if order.resume is not None:
         config, runs = RunFolder.open(order.resume).config, order.resume.absolute().parent
@@ -103,7 +110,8 @@ def _run(config: TrainConfig, path: Path, console: Console) -> dict[str, Row]:
         problem = problem_of(task, config)
     run = RunFolder.open(path) if path.exists() else RunFolder.create(path, config)
     sweep(path)
-    with closing(make_workers(problem, config.env(), workers=config.workers)) as venv:
+    view = ALGORITHMS[config.algorithm].view
+    with closing(make_workers(problem, config.env(), workers=config.workers, view=view)) as venv:
         _search_and_report(Parts(task, problem, config, run, venv), console)
     return run.report
 
@@ -139,7 +147,8 @@ def _search_and_report(parts: Parts, console: Console) -> None:
             tuned = {name: reporter.fine_tune(name, plans[name]) for name in FINE_TUNED}
         rows = run.report
         write(run.path / "learning.png", plot.png(plot.learning_figure(problem, memory.episodes, rows)))
-        figure = plot.plan_figure(problem, best.counts, memory.episodes[0].counts)
+        uniform = tuple(problem.graph.counts(plans["uniform"]).tolist())
+        figure = plot.plan_figure(problem, best.counts, uniform)
         write(run.path / "plan.png", plot.png(figure))
         board.finished({f"final/{name}_test_accuracy": row["test_accuracy"] for name, row in rows.items()})
         network = tuned["learned"] or problem.evaluator.realise(plans["learned"])

@@ -8,6 +8,7 @@ groups leaves the last ones at their minimum and the episode teaches nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -19,6 +20,9 @@ from prune_env.envs.channel_pruning import ChannelPruningEnv
 from prune_env.envs.dynamics import Problem, State
 
 GRID = np.linspace(0.0, 1.0, 65)
+
+View = Callable[[ChannelPruningEnv], gymnasium.Env]
+"""Wraps an environment as an algorithm sees it: actions `[1]` in [-1, 1], and those really applied in `info`."""
 
 
 class AgentView(gymnasium.Wrapper):

@@ -81,7 +81,7 @@ def prune(
             `none`.
         seed: Seed of all that the method draws.
         **options: Further fields of `prune_env.config.EnvConfig`: `leave`, `round_to`, `min_channels`,
-            `calibration_images`, `device`.
+            `min_keep`, `calibration_images`, `device`.
 
     Returns:
         The pruned network, its plan, and what it measures on the search split and (once, on first access) on the test

@@ -26,7 +26,7 @@ from prune_env.pruning.engine.anatomy import Anatomy
 from prune_env.pruning.engine.deployed import DeployedNetwork, deploy
 from prune_env.pruning.engine.program import Program, program_of
 from prune_env.pruning.gating.fixed import FixedDecisions
-from prune_env.pruning.gating.network import GatedNetwork, attach
+from prune_env.pruning.gating.network import attach
 from prune_env.pruning.measure import count_macs
 from prune_env.pruning.tracing import trace
 from prune_env.tasks.networks import NETWORKS, make_network
@@ -76,10 +76,12 @@ def names_of(settings: Settings) -> list[str]:
     return [name for name in NETWORKS if count_macs(make_network(name, classes=10), example) > settings.least_macs]
 
 
-def agent_network(gated: GatedNetwork, *, keep: float, trust: float) -> DeployedNetwork:
-    """The network with a random agent inside."""
+def agent_network(network: nn.Module, images: Tensor, *, keep: float, trust: float) -> DeployedNetwork:
+    """The network with random gates and a random agent, deployed."""
+    gated = attach(network, trace(network, images[:1]), images[:1])
     layers = len(gated.names)
     decide = FixedDecisions((keep,) * layers, (keep,) * layers, trust=trust)
+    random_gates(gated, decide, images)
     return deploy(gated, decide, random_policy(gated, decide, even=keep))
 
 
@@ -109,11 +111,9 @@ def measure(name: str, settings: Settings) -> list[list[str]]:
     """The rows of one network."""
     network, images = make_network(name, classes=10), images_of(max(settings.inputs, 32))
     recalibrate(network, images)
-    gated = attach(network, trace(network, images[:1]), images[:1])
-    random_gates(gated)
     laid_out = images[: settings.inputs].contiguous(memory_format=torch.channels_last)
     columnar = copy.deepcopy(network).to(memory_format=torch.channels_last)
-    deployed = {trust: agent_network(gated, keep=settings.keep, trust=trust) for trust in settings.trusts}
+    deployed = {trust: agent_network(network, images, keep=settings.keep, trust=trust) for trust in settings.trusts}
     program = open_program(network, next(iter(deployed.values())))
     candidates = {
         "default": each(network, images[: settings.inputs].split(1)),

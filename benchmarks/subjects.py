@@ -7,6 +7,8 @@ from torch import Tensor
 
 from prune_env.config import problem_from
 from prune_env.envs.dynamics import Problem
+from prune_env.gates import deciding
+from prune_env.pruning.calibration import recalibrate
 from prune_env.pruning.engine.deployed import static_decisions, stored_inputs
 from prune_env.pruning.engine.policy import PolicySeat, RuntimePolicy, Sight
 from prune_env.pruning.gating.fixed import FixedDecisions
@@ -32,15 +34,26 @@ def random_problem(network: str, *, calibration: int, search: int, budget: float
     )
 
 
-def random_gates(gated: GatedNetwork, *, seed: int = 0) -> None:
-    """Move gates and static scores as a training would: what is active differs between images and between channels."""
+def random_gates(gated: GatedNetwork, decide: FixedDecisions, images: Tensor, *, seed: int = 0) -> None:
+    """Move gates and static scores as a training would: what is active differs between images and between channels.
+
+    Args:
+        gated: The network; its statistics become those of the images under the decisions.
+        decide: The decisions.
+        images: What it will see.
+        seed: Seed of the gates.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in gated.layers:
-            layer.gate.weight.normal_(std=0.05, generator=generator)
+            layer.gate.weight.normal_(generator=generator)
+            seen = layer.predictor()[0] * layer.sight.running_var.sqrt()
+            layer.gate.weight *= 0.3 / seen.norm(dim=1, keepdim=True)
             layer.gate.bias += 0.1 * torch.randn(layer.gate.bias.shape, generator=generator)
         for scores in gated.static.parameters():
             scores += 0.2 * torch.randn(scores.shape, generator=generator)
+    with deciding(gated, decide):
+        recalibrate(gated, images)
 
 
 def random_policy(

@@ -50,8 +50,7 @@ class TaskConfig:
     network: str | None = None
     """Other network than the task's: a zoo name, `torchvision:NAME` or `package.module:factory`."""
     weights: str | None = None
-    """File with the dense weights (safetensors or a torch state dict); without it the network is trained, or loaded
-    from the cache."""
+    """File with the dense weights (safetensors or a torch state dict); without it they are trained once and cached."""
     normalise: str | None = None
     """How images are normalised, by name or as six numbers; None takes the network's own."""
     seed: int = 0
@@ -108,6 +107,8 @@ class EnvConfig:
     """Refit of the layers behind a cut: `none`, `moments`, `sequential`, or `auto` (from moments where they exist)."""
     min_channels: int = 1
     """Fewest channels that a group may keep."""
+    min_keep: float = 0.0
+    """Least share of its channels that a group may keep."""
     round_to: int = 1
     """Kept counts are multiples of it, or the whole group."""
     leave: tuple[str, ...] = ()
@@ -125,6 +126,8 @@ class EnvConfig:
         _check_name("refit", self.refit, ("auto", *REFITS))
         for name, least in (("min_channels", 1), ("round_to", 1), ("calibration_images", 2)):
             _check_integer(name, getattr(self, name), least=least)
+        if not _is_number(self.min_keep) or not 0 <= self.min_keep <= 1:
+            raise ValueError(f"min_keep is {self.min_keep!r}; a share in [0, 1] is allowed")
         for name in ("recalibrate", "hard_budget"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; True or False is allowed")
@@ -276,7 +279,8 @@ def build(material: Material, config: EnvConfig) -> Problem:
     network = copy.deepcopy(material.network).to(config.device).eval()
     images, labels = (tensor.to(config.device) for tensor in material.calibration)
     graph = tracing.trace(network, images[:1])
-    steps, allowed = open_steps(graph, min_channels=config.min_channels, round_to=config.round_to, leave=config.leave)
+    limits = {name: getattr(config, name) for name in ("min_channels", "min_keep", "round_to", "leave")}
+    steps, allowed = open_steps(graph, **limits)
     # Here already, because what follows takes long on a large network.
     values = (config.budget, *(config.budget_range or ()))
     check_budgets(graph, steps, allowed, resource=config.budget_resource, values=values)

@@ -32,8 +32,8 @@ class ChannelPruningEnv(gymnasium.Env[Observation, np.ndarray]):
     |-----|--------|-----|-----|
     | 0 | share of the group's channels that is kept | 0 | 1 |
 
-    The count is the nearest one that is allowed (`round_to`, `min_channels`) and affordable: with all later groups at
-    their minimum, the budget must hold. So every episode ends inside its budget and no group is ever empty.
+    The count is the nearest one that is allowed (`round_to`, `min_channels`, `min_keep`) and affordable: with all later
+    groups at their minimum, the budget must hold. So every episode ends inside its budget and no group is ever empty.
 
     ## Observation Space
 

@@ -147,24 +147,38 @@ class Outlook:
     price: float
 
 
-def allowed_counts(channels: int, *, min_channels: int = 1, round_to: int = 1) -> np.ndarray:
-    """Counts that a group may keep: multiples of `round_to` from `min_channels` on, and always all channels.
+def allowed_counts(channels: int, *, min_channels: int = 1, min_keep: float = 0.0, round_to: int = 1) -> np.ndarray:
+    """Counts that a group may keep: multiples of `round_to` from a minimum on, and always all channels.
+
+    Args:
+        channels: Of the group.
+        min_channels: Fewest channels.
+        min_keep: Least share of the channels.
+        round_to: What counts are multiples of.
 
     Returns:
         `[counts]` int64, rising, never empty, never 0.
     """
-    first = math.ceil(max(min_channels, 1) / round_to) * round_to
+    # .7 * 10 is a little less than 7, and .1 * 3 * 10 a little more than 3
+    least = max(min_channels, 1, math.ceil(min_keep * channels - 1e-9))
+    first = math.ceil(least / round_to) * round_to
     return np.array([*range(first, channels, round_to), channels], dtype=np.int64)
 
 
 def open_steps(
-    graph: LayerGraph, *, min_channels: int = 1, round_to: int = 1, leave: Iterable[str] = ()
+    graph: LayerGraph,
+    *,
+    min_channels: int = 1,
+    min_keep: float = 0.0,
+    round_to: int = 1,
+    leave: Iterable[str] = (),
 ) -> tuple[tuple[int, ...], tuple[np.ndarray, ...]]:
     """The groups to decide and the counts that each may keep.
 
     Args:
         graph: The network's graph.
         min_channels: Fewest channels a group may keep (smaller groups are kept whole).
+        min_keep: Least share of its channels that a group may keep.
         round_to: Kept counts are multiples of it, or the whole group.
         leave: Groups to keep whole: group names, or names of any layer that writes the group.
 
@@ -179,7 +193,7 @@ def open_steps(
         named = {i for i, group in enumerate(graph.groups) if any(slot.module == name for slot in group.producers)}
         left |= named or {graph.position(name)}
     options = {
-        i: allowed_counts(group.channels, min_channels=min_channels, round_to=round_to)
+        i: allowed_counts(group.channels, min_channels=min_channels, min_keep=min_keep, round_to=round_to)
         for i, group in enumerate(graph.groups)
         if i not in left
     }

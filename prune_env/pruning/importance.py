@@ -264,8 +264,8 @@ def random(evidence: Evidence) -> Scores:
 IMPORTANCES: Mapping[str, Criterion] = MappingProxyType(
     {
         "l1": Criterion(l1),
-        "l1_inputs": Criterion(l1_inputs),
         "l2": Criterion(l2),
+        "l1_inputs": Criterion(l1_inputs),
         "lamp": Criterion(lamp),
         "geometric_median": Criterion(geometric_median),
         "bn_scale": Criterion(bn_scale),

@@ -251,7 +251,7 @@ def test_nothing_of_the_caller_s_is_disturbed(name: str) -> None:
     caller, random = x.clone().requires_grad_(), torch.get_rng_state()
     for run in (network.run, network.masked, lambda x: run_grouped(network, x), lambda x: one_by_one(network, x)):
         for layout in (torch.contiguous_format, torch.channels_last):
-            given = x.contiguous(memory_format=layout)
+            given = x.clone(memory_format=layout)
             run(given)
             assert torch.equal(given, x)
             assert not run(caller)[0].requires_grad
