@@ -10,7 +10,7 @@ Taken, for a layer t that is the first to read a group:
     critic  y_t = R - b + gamma Q'(s_{t+1}, mu'(s_{t+1})); R is the whole episode's reward in every        eq. 3
             step, b the moving average of the batches' mean rewards, gamma = 1
     reward  resource-constrained: R = -Error, which is `reward="accuracy"` moved by one (b takes it off);
-            accuracy-guaranteed: R = -Error log(FLOPs), which is `reward="accuracy_guaranteed", budget=1`  eq. 4
+            accuracy-guaranteed: R = -Error log(FLOPs), which is `reward="accuracy_guaranteed", budget=1`  eq. 4-5
     bounds  a_t <= what the budget leaves if all later layers go to their minimum                  algorithm 1
 
 The noise starts after a warm-up of uniformly random episodes, in which nothing is learnt; then there is one update for
@@ -120,7 +120,7 @@ class Preset:
 
 
 PAPER = Preset()
-"""As published: 60 batches of 50 images for the least squares, 800 episodes."""
+"""As in the authors' code, which took 60 batches of 50 images for the least squares."""
 SMALL = Preset(
     episodes=200,
     warm_up=50,

@@ -107,7 +107,7 @@ class EnvConfig:
     """Refit of the layers behind a cut: `none`, `moments`, `sequential`, or `auto` (from moments where they exist)."""
     min_channels: int = 1
     """Fewest channels that a group may keep."""
-    min_keep: float = 0.0
+    min_keep: int | float = 0.0
     """Least share of its channels that a group may keep."""
     round_to: int = 1
     """Kept counts are multiples of it, or the whole group."""

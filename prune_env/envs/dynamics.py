@@ -147,7 +147,7 @@ class Outlook:
     price: float
 
 
-def allowed_counts(channels: int, *, min_channels: int = 1, min_keep: float = 0.0, round_to: int = 1) -> np.ndarray:
+def allowed_counts(channels: int, *, min_channels: int = 1, min_keep: int | float = 0, round_to: int = 1) -> np.ndarray:
     """Counts that a group may keep: multiples of `round_to` from a minimum on, and always all channels.
 
     Args:
@@ -169,7 +169,7 @@ def open_steps(
     graph: LayerGraph,
     *,
     min_channels: int = 1,
-    min_keep: float = 0.0,
+    min_keep: int | float = 0,
     round_to: int = 1,
     leave: Iterable[str] = (),
 ) -> tuple[tuple[int, ...], tuple[np.ndarray, ...]]:

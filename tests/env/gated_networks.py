@@ -78,7 +78,7 @@ def trained(name: str, seed: int = 0, static: str = "vector") -> GatedNetwork:
 
     with torch.no_grad():
         for layer in gated.layers:
-            layer.gate.weight += noise(layer.gate.weight, 0.02)
+            layer.gate.weight += noise(layer.gate.weight, 0.05)
             layer.gate.bias += noise(layer.gate.bias, 0.3)
             layer.shift += noise(layer.shift, 0.3)
             layer.sight.running_mean += noise(layer.sight.running_mean, 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from agents.search import policy_plan, search
 from baselines import amc
 from prune_env.envs.channel_pruning import ChannelPruningEnv
 from prune_env.envs.dynamics import Problem
+from prune_env.envs.reward import REWARDS
 from tests.learning.test_search import Stop
 from tests.learning.toy import exhausted, toy
 
@@ -155,6 +157,17 @@ def test_the_command_takes_an_algorithms_defaults_where_nothing_is_given(
     (config,) = ordered
     assert (config.episodes, config.warm_up, config.min_keep, config.round_to) == expected
     assert TrainConfig.from_json(config.to_json()) == config
+
+
+def test_the_accuracy_guaranteed_protocol_pays_minus_error_times_log_macs_at_any_size(tmp_path: Path) -> None:
+    config = TrainConfig.of("amc", budget=1.0, reward="accuracy_guaranteed", episodes=6, warm_up=4)
+    problem = replace(toy(budget=1.0), reward=REWARDS["accuracy_guaranteed"])
+    memory, learner, _ = run(problem, config, RunFolder.create(tmp_path / "run", config))
+    for episode in memory.episodes:
+        assert episode.reward == pytest.approx(-(1 - episode.accuracy) * math.log(episode.macs))
+    assert len({episode.macs for episode in memory.episodes}) > 3
+    held = learner.model.replay_buffer.rewards[:30, 0].reshape(6, 5)
+    assert held == pytest.approx(np.array([[episode.reward] * 5 for episode in memory.episodes]))
 
 
 @pytest.mark.parametrize("seeds", [(0,), pytest.param((1, 2, 3), marks=pytest.mark.slow)])

@@ -70,6 +70,7 @@ def fbs_layer() -> GatedLayer:
     convolution, norm = nn.Conv2d(2, 4, 1, bias=False), nn.BatchNorm2d(4, eps=0.0)
     layer = GatedLayer(convolution, norm).eval()
     layer.gate = RectifiedLinear.of(layer.gate)
+    layer.gain, layer.sight.eps = 1.0, 0.0
     with torch.no_grad():
         layer.producer.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, -1.0]])[:, :, None, None])
         layer.gate.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.5, 0.5]]))
@@ -169,7 +170,7 @@ def test_a_penalty_reaches_the_gates(tiny: Task) -> None:
         own = RuntimeMethod("own", "-", rectified, penalty=penalty)
         gated = run_runtime(own, tiny, keep=KEEP, epochs=1).gated
         sizes[penalty] = sum(float(layer.gate.bias.detach().abs().sum()) for layer in gated.layers)
-    assert sizes[heavy] < 0.9 * sizes[None]
+    assert sizes[heavy] < sizes[None] - 0.1  # Adam's steps are small whatever the gradient
 
 
 def test_the_same_seed_gives_the_same_result_whether_interrupted_or_not(tiny: Task, tmp_path: Path) -> None:

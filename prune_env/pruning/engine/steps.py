@@ -302,9 +302,7 @@ class GateStep(LayerStep):
             flow.pointers[at], self.chosen, self.scale, self.shift, flow.space(2 * self.layer.inputs + self.outputs),
         )  # fmt: skip
         flow.kept[at] = kept
-        y = self._convolve(
-            x, height, width, source, inputs, channels, held, self.chosen, kept, self.scale, self.shift
-        )
+        y = self._convolve(x, height, width, source, inputs, channels, held, self.chosen, kept, self.scale, self.shift)
         if not flow.whole[at]:
             return y
         shape, axis = list(y.shape), y.dim() - 1 if self.linear else 1
