@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -10,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -145,10 +143,3 @@ def table(config: RuntimeTrainConfig, rows: dict[str, dict[str, Any]]) -> Table:
             style="bold" if name == "learned" else None,
         )
     return built
-
-
-def as_json(rows: dict[str, Any]) -> str:
-    """Rows as JSON text; numpy's numbers become Python's."""
-    return json.dumps(
-        rows, indent=2, default=lambda value: value.item() if isinstance(value, np.generic) else str(value)
-    )

@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agents import runtime_train
 from agents.cli import INTERRUPTED
 from agents.runtime_options import RuntimeTrainConfig
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What the runs of one table or picture have in common."""
+
+    task: str = "digits-cnn"
+    """Task name."""
+    weights: str | None = None
+    """File with the dense weights; without it the network is trained, or loaded from the cache."""
+    keep: float = 0.5
+    """The share which, kept in every layer, costs the budget."""
+    schedule: str | None = None
+    """Lengths of the stages; the task's own by default."""
+    threads: int = 1
+    """CPU threads."""
+    runs: Path = Path("runs")
+    """Folder of the runs."""
+    epochs: int | None = None
+    """Epochs of the dense training; the task's own by default."""
+
+    def config(self, seed: int, trust: float = 0.5) -> RuntimeTrainConfig:
+        """The run of one seed at one trust."""
+        return RuntimeTrainConfig(
+            task=self.task,
+            weights=self.weights,
+            epochs=self.epochs,
+            keep=self.keep,
+            runtime_trust=trust,
+            schedule=self.schedule,
+            threads=self.threads,
+            seed=seed,
+        )
+
 
 Rows = dict[str, dict[str, Any]]
 

@@ -23,10 +23,9 @@ import tyro
 from rich.console import Console
 
 from agents.cli import stages
-from agents.runtime_options import RuntimeTrainConfig
 from agents.runtime_train import task_of
 from baselines.runtime import RUNTIME_METHODS, attached, run_runtime
-from benchmarks.runtime_runs import learned, network_epochs
+from benchmarks.runtime_runs import RunSettings, learned, network_epochs
 from prune_env.files import write
 from prune_env.gates import gate_settings
 from prune_env.pruning import archive
@@ -56,29 +55,15 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(RunSettings):
     """The table of runtime pruning."""
 
-    task: str = "digits-cnn"
-    """Task name."""
-    weights: str | None = None
-    """File with the dense weights; without it the network is trained, or loaded from the cache."""
-    keep: float = 0.5
-    """The share which, kept in every layer, costs the budget."""
-    schedule: str | None = None
-    """Lengths of the stages; the task's own by default."""
     rows: tuple[str, ...] = ("static", "fbs", "runtime", "both")
     """Rows to make, of static, fbs, runtime, both, runtime_uniform and static_uniform."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of splits, trainings and agents."""
-    threads: int = 1
-    """CPU threads."""
-    runs: Path = Path("runs")
-    """Folder of the runs."""
     records: Path | None = None
     """Folder of the finished rows, one small JSON file each; `records` in the folder of the runs by default."""
-    epochs: int | None = None
-    """Epochs of the dense training; the task's own by default."""
     latency: tuple[int, ...] = ()
     """Numbers of threads to time each row's deployed network with, for one image; leave the machine alone then."""
     only_print: bool = False
@@ -88,19 +73,6 @@ class Settings:
         for name in self.rows:
             if name not in NAMES:
                 raise ValueError(f"row {name!r} is unknown; allowed: {', '.join(NAMES)}")
-
-    def config(self, seed: int, trust: float = 0.5) -> RuntimeTrainConfig:
-        """The run of one seed at one trust."""
-        return RuntimeTrainConfig(
-            task=self.task,
-            weights=self.weights,
-            epochs=self.epochs,
-            keep=self.keep,
-            runtime_trust=trust,
-            schedule=self.schedule,
-            threads=self.threads,
-            seed=seed,
-        )
 
     def network(self, row: str, seed: int) -> Path:
         """Where a row's deployed network is."""

@@ -17,51 +17,23 @@ import tyro
 from matplotlib.figure import Figure
 
 from agents.plot import BLUE, GREY, png
-from agents.runtime_options import RuntimeTrainConfig
-from benchmarks.runtime_runs import Rows, finished, learned
+from benchmarks.runtime_runs import Rows, RunSettings, finished, learned
 from benchmarks.timing import show
 from prune_env.files import write
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(RunSettings):
     """Accuracy against stored parameters over the trust in the runtime decision."""
 
-    task: str = "digits-cnn"
-    """Task name."""
-    weights: str | None = None
-    """File with the dense weights; without it the network is trained, or loaded from the cache."""
-    epochs: int | None = None
-    """Epochs of the dense training; the task's own by default."""
-    keep: float = 0.5
-    """The share which, kept in every layer, costs the budget."""
     trusts: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Trusts R in the runtime decision, each in [0, 1]."""
-    schedule: str | None = None
-    """Lengths of the stages; the task's own by default."""
     seed: int = 0
     """Seed of splits, trainings and agents."""
-    threads: int = 1
-    """CPU threads."""
-    runs: Path = Path("runs")
-    """Folder of the runs."""
     out: Path = Path("docs/trust_sweep.png")
     """The picture."""
     only_draw: bool = False
     """Draw the runs that are finished, and train none."""
-
-    def config(self, trust: float) -> RuntimeTrainConfig:
-        """The run at one trust."""
-        return RuntimeTrainConfig(
-            task=self.task,
-            weights=self.weights,
-            epochs=self.epochs,
-            keep=self.keep,
-            runtime_trust=trust,
-            schedule=self.schedule,
-            threads=self.threads,
-            seed=self.seed,
-        )
 
 
 def reports(settings: Settings) -> dict[float, Rows]:
@@ -70,7 +42,7 @@ def reports(settings: Settings) -> dict[float, Rows]:
     Raises:
         ValueError: A trust that is not allowed, or none is finished and none may be trained.
     """
-    configs = {trust: settings.config(trust) for trust in sorted(set(settings.trusts))}
+    configs = {trust: settings.config(settings.seed, trust) for trust in sorted(set(settings.trusts))}
     read = finished if settings.only_draw else learned
     found = {trust: read(config, settings.runs) for trust, config in configs.items()}
     kept = {trust: rows for trust, rows in found.items() if rows is not None}

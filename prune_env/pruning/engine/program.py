@@ -205,10 +205,8 @@ class Program:
         self.steps.append(lambda values: values.__setitem__(target, step(values[source])))
 
     def _alone(self, node: fx.Node) -> fx.Node | None:
-        """The only operation that reads a node, past those that do nothing."""
-        if len(node.users) != 1:
-            return None
-        return next(iter(node.users))
+        """The only operation that reads a node; None where there are more, or none."""
+        return next(iter(node.users)) if len(node.users) == 1 else None
 
     def _rectified(self, node: fx.Node) -> tuple[fx.Node, bool]:
         """The rectifier that alone stands behind a node, past what does nothing; the node itself where none does."""
