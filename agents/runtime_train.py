@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -124,11 +125,12 @@ def table(config: RuntimeTrainConfig, rows: dict[str, dict[str, Any]]) -> Table:
     """The final table."""
     built = Table(
         title=f"{config.task}, runtime trust {config.runtime_trust:g}",
-        caption="macs: mean over test images, predictors counted; params: stored, predictors and agent counted",
+        caption="macs: mean over test images, predictors counted; params: stored, predictors and agent counted; "
+        "by image: channels active for some test images and not for others",
         title_style="bold",
     )
     built.add_column("decisions")
-    for head in ("search accuracy", "test accuracy", "macs", "5 % to 95 %", "faster (macs)", "params"):
+    for head in ("search accuracy", "test accuracy", "macs", "5 % to 95 %", "faster (macs)", "params", "by image"):
         built.add_column(head, justify="right")
     for name, row in rows.items():
         test, spread = row["test"], row["test"]["dynamic_macs_percentiles"]
@@ -140,6 +142,7 @@ def table(config: RuntimeTrainConfig, rows: dict[str, dict[str, Any]]) -> Table:
             f"{spread['5']:.3f} - {spread['95']:.3f}",
             f"{test['speed_up_macs']:.2f}x",
             f"{test['params_share']:.2f}",
+            f"{np.mean(test['varying_channels'] or [0]):.0%}",
             style="bold" if name == "learned" else None,
         )
     return built

@@ -165,14 +165,14 @@ def _latency(tests: Sequence[Record]) -> str:
 def table(records: Sequence[Record]) -> str:
     """The rows as a Markdown table: means over seeds, then each seed's accuracy and its distance to dense."""
     lines = [
-        "| decisions | test accuracy, % | against dense | fewer macs | macs, 5-95 % | params | ms an image | by seed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| decisions | test accuracy, % | against dense | fewer macs | macs, 5-95 % | by image | params | ms an image | by seed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     dense = {record["seed"]: record["dense"]["test"] for record in records}
     if dense:
         seeds = ", ".join(f"{100 * value:.2f}" for _, value in sorted(dense.items()))
         mean = 100 * np.mean(list(dense.values()))
-        lines.append(f"| dense | {mean:.2f} | | 1.00x | 1.000 | 1.00 | {_dense(records)} | {seeds} |")
+        lines.append(f"| dense | {mean:.2f} | | 1.00x | 1.000 | 0 % | 1.00 | {_dense(records)} | {seeds} |")
     for row, name in NAMES.items():
         some = sorted((record for record in records if record["row"] == row), key=lambda record: record["seed"])
         if not some:
@@ -182,10 +182,11 @@ def table(records: Sequence[Record]) -> str:
         drops = [a - 100 * record["dense"]["test"] for a, record in zip(accuracies, some, strict=True)]
         low, high = (np.mean([test["dynamic_macs_percentiles"][p] for test in tests]) for p in ("5", "95"))
         macs, params = (float(np.mean([test[key] for test in tests])) for key in ("dynamic_macs_share", "params_share"))
+        varying = np.mean([np.mean(test.get("varying_channels") or [0]) for test in tests])
         seeds = ", ".join(f"{a:.2f} ({d:+.2f})" for a, d in zip(accuracies, drops, strict=True))
         lines.append(
             f"| {name} | {np.mean(accuracies):.2f} | {np.mean(drops):+.2f} | {1 / macs:.2f}x "
-            f"| {low:.3f}-{high:.3f} | {params:.2f} | {_latency(some)} | {seeds} |"
+            f"| {low:.3f}-{high:.3f} | {100 * varying:.0f} % | {params:.2f} | {_latency(some)} | {seeds} |"
         )
     return "\n".join(lines)
 

@@ -169,7 +169,7 @@ def unit_layer(gates: list[float], shifts: list[float]) -> GatedLayer:
 def test_two_negative_scores_close_a_channel_by_hand() -> None:
     layer = unit_layer([-2.0, 3.0], [0.5, 0.5])
     x, everything = torch.full((1, 1, 1, 2), 4.0), torch.ones(1, 2, dtype=torch.bool)
-    _, runtime = layer.scores(x)
+    _, _, runtime = layer.scores(x)
     assert runtime.tolist() == [[-2.0, 3.0]]
     for static, first, second in (([-0.5, 1.0], -3.5, 12.5), ([0.5, -1.0], -3.5, -11.5), ([1.0, 0.5], -7.5, 6.5)):
         # -(-2 * -.5) * 4 + .5 = -3.5: without the sign rule it would be 4.5, which a rectifier lets pass.
@@ -186,7 +186,7 @@ def test_runtime_scores_by_hand_and_apart_from_position() -> None:
         layer.sight.running_mean.fill_(1.0)
         layer.sight.running_var.fill_(4.0)
         layer.sight.eps = 0.0
-    pooled, runtime = layer.eval().scores(torch.tensor([[[[1.0, 3.0]]], [[[0.0, -2.0]]]]))
+    _, pooled, runtime = layer.eval().scores(torch.tensor([[[[1.0, 3.0]]], [[[0.0, -2.0]]]]))
     assert pooled.tolist() == [[2.0], [-1.0]]
     # Standardised: .5 and -1.
     assert runtime.tolist() == [[2.0, 0.5], [-1.0, 2.0]]
@@ -194,7 +194,7 @@ def test_runtime_scores_by_hand_and_apart_from_position() -> None:
     assert weight.tolist() == [[1.0], [-0.5]]
     assert bias.tolist() == [0.0, 1.5]
     tokens = GatedLayer(nn.Linear(2, 3), None).eval()
-    assert tokens.scores(torch.tensor([[[1.0, 5.0], [3.0, 7.0]]]))[0].tolist() == [[2.0, 6.0]]
+    assert tokens.scores(torch.tensor([[[1.0, 5.0], [3.0, 7.0]]]))[1].tolist() == [[2.0, 6.0]]
 
 
 @pytest.mark.parametrize("static", ["vector", "filters"])
@@ -264,3 +264,16 @@ def test_calibration_standardises_what_predictors_read_and_leaves_a_fresh_networ
     torch.testing.assert_close(seen.var(0, correction=0).mean(), torch.tensor(1.0), atol=1e-2, rtol=0)
     first.train()
     torch.testing.assert_close(first.sight(images.mean((2, 3))), seen)  # nothing runs along in training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_hands_its_gradient_to_every_position(dtype):
+    layer = GatedLayer(nn.Conv2d(3, 2, 1), None)
+    torch.manual_seed(0)
+    x, to_x, to_mean = torch.randn(4, 3, 5, 2).to(dtype), torch.randn(4, 3, 5, 2).to(dtype), torch.randn(4, 3)
+    ours, plain = (x.clone().requires_grad_() for _ in range(2))
+    handed, pooled, _ = layer.scores(ours)
+    assert torch.equal(handed, x) and torch.equal(pooled, x.mean((2, 3), dtype=torch.float32))
+    torch.autograd.backward([handed, pooled], [to_x, to_mean])
+    torch.autograd.backward([plain, plain.mean((2, 3), dtype=torch.float32)], [to_x, to_mean])
+    torch.testing.assert_close(ours.grad, plain.grad)

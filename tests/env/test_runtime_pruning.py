@@ -314,7 +314,7 @@ def test_an_observation_by_hand() -> None:
     own, images = env.problem, env.problem.images
     steps = play(env, random_actions(env), seed=0)
     (mean, spread), (score_mean, score_spread) = own.scale.pooled[0], own.scale.runtime[0]
-    scores = own.gated.layers[0].scores(images)[1].detach().numpy()
+    scores = own.gated.layers[0].scores(images)[2].detach().numpy()
     first = steps[0][0]
     for row in range(4):
         expected = (images.mean((2, 3)) - mean) / (5 * spread)

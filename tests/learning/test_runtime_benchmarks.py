@@ -75,14 +75,20 @@ def test_the_table_comes_from_the_records(runs: Path, capsys: pytest.CaptureFixt
 
 def test_means_and_distances_by_hand() -> None:
     percentiles = {"5": 0.25, "95": 0.35}
-    test = {"accuracy": 0.9, "dynamic_macs_share": 0.25, "params_share": 0.8, "dynamic_macs_percentiles": percentiles}
+    test = {
+        "accuracy": 0.9,
+        "dynamic_macs_share": 0.25,
+        "dynamic_macs_percentiles": percentiles,
+        "params_share": 0.8,
+        "varying_channels": [0.5, 0.0],
+    }
     times = {"1": {"dense": 4.0, "deployed": 1.0}, "2": {"dense": 2.0, "deployed": 0.5}}
     one = {"row": "both", "seed": 0, "dense": {"test": 0.92}, "test": test, "latency_ms": times}
     other = {**one, "seed": 1, "dense": {"test": 0.93}, "test": {**test, "accuracy": 0.88}}
     lines = runtime_table.table([{**other, "latency_ms": times}, one]).splitlines()
     assert lines[2:] == [
-        "| dense | 92.50 | | 1.00x | 1.000 | 1.00 | 4.00, 2.00 | 92.00, 93.00 |",
-        "| both, R = .5 | 89.00 | -3.50 | 4.00x | 0.250-0.350 | 0.80 | 1.00 (4.00x), 0.50 (4.00x) "
+        "| dense | 92.50 | | 1.00x | 1.000 | 0 % | 1.00 | 4.00, 2.00 | 92.00, 93.00 |",
+        "| both, R = .5 | 89.00 | -3.50 | 4.00x | 0.250-0.350 | 25 % | 0.80 | 1.00 (4.00x), 0.50 (4.00x) "
         "| 90.00 (-2.00), 88.00 (-5.00) |",
     ]
 

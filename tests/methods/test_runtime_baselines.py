@@ -81,7 +81,7 @@ def fbs_layer() -> GatedLayer:
 
 def boosted(layer: GatedLayer, x: torch.Tensor, density: float) -> torch.Tensor:
     """The layer's output and the rectifier behind it, with the winners of a density."""
-    pooled, gates = layer.scores(x)
+    _, pooled, gates = layer.scores(x)
     ones = torch.ones(4)
     decide = FixedDecisions((density,), (1.0,))
     return layer.gated(x, gates, ones, decide(Question("", 0, pooled, gates.detach(), ones))).relu()
@@ -91,7 +91,7 @@ def test_boosting_and_suppression_by_hand() -> None:
     # s = (2, 1), so Phi s + rho = (2, 1.25, -1, 1.5) and g = (2, 1.25, 0, 1.5): at d = .5 channels 0 and 3 win.
     # Channel 0: relu(2 * (1, 3) + .5). Channel 3: the difference is (1, 1), relu(1.5 * (1, 1) - 1).
     layer, x = fbs_layer(), torch.tensor([[[[1.0, 3.0]], [[0.0, 2.0]]]])
-    pooled, gates = layer.scores(x)
+    _, pooled, gates = layer.scores(x)
     assert pooled.tolist() == [[2.0, 1.0]]
     assert gates.tolist() == [[2.0, 1.25, 0.0, 1.5]]
     out = boosted(layer, x, 0.5)

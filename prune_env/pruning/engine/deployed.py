@@ -71,12 +71,17 @@ class DeployedNetwork(Anatomy):
 
     def masked(self, x: Float[Tensor, "sample ..."]) -> tuple[Tensor, Int64[Tensor, "sample layer"]]:
         """The same by computing every stored channel and closing the gates of inactive ones."""
+        logits, active = self.chosen(x)
+        return logits, torch.stack([layer.sum(1) for layer in active], dim=1)
+
+    def chosen(self, x: Float[Tensor, "sample ..."]) -> tuple[Tensor, list[Bool[Tensor, "sample channel"]]]:
+        """The same, with the active channels of each layer in the place of their number."""
         session = Session(self, len(x))
         with torch.inference_mode(), HOOKED:
             for at, layer in enumerate(self.layers):
                 layer._turn = lambda pooled, runtime, at=at: session.turn(at, pooled, runtime)
             try:
-                return self.network(x.clone()), session.counts
+                return self.network(x.clone()), session.active
             finally:
                 for layer in self.layers:
                     layer._turn = None

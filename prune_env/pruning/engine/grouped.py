@@ -66,7 +66,7 @@ class _Run:
                 give_back()
 
     def _gate(self, at: int, name: str, layer: GatedLayer, x: Tensor) -> Tensor:
-        pooled, runtime = layer.scores(x)
+        x, pooled, runtime = layer.scores(x)
         static, active = self.session.turn(at, pooled, runtime)
         if not _gatherable(layer.producer):
             return layer.gated(x, runtime, static, active)

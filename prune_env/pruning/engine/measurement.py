@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prune_env.pruning.engine.deployed import DeployedNetwork
-from prune_env.pruning.gating.measurement import RuntimeMeasurement
+from prune_env.pruning.gating.measurement import Habits, RuntimeMeasurement
 from prune_env.pruning.measure import Latency, autocast, count_params, measure_latency
 
 
@@ -25,26 +25,28 @@ def measure_deployed(
         dtype: Number format of the forward pass.
     """
     device = next(deployed.parameters()).device
-    right, loss, counts = 0, 0.0, []
+    right, loss, habits = 0, 0.0, Habits(len(deployed.layers))
     with torch.inference_mode(), autocast(device, dtype):
         for inputs, labels in batches:
             prepared = inputs.to(device)
             if prepared.dim() == 4:
                 prepared = prepared.contiguous(memory_format=torch.channels_last)
-            logits, active = deployed.masked(prepared)
+            logits, chosen = deployed.chosen(prepared)
             answer = labels.to(device)
             right += int((logits.argmax(1) == answer).sum())
             loss += float(functional.cross_entropy(logits.float(), answer, reduction="sum"))
-            counts.append(active)
-    together = torch.cat(counts)
+            for at, active in enumerate(chosen):
+                habits.note(at, active)
+    together = torch.from_numpy(habits.counts)
     costs = deployed.costs
     return RuntimeMeasurement(
         accuracy=right / len(together),
         loss=loss / len(together),
-        macs=deployed.macs(together).cpu().numpy(),
+        macs=deployed.macs(together).numpy(),
         params=count_params(deployed),
         dense_macs=int(costs.dense_macs),
         dense_params=int(costs.dense_params),
+        varying=[count / choice.full for count, choice in zip(habits.varying, deployed.choices, strict=True)],
     )
 
 

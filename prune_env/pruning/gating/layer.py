@@ -68,6 +68,25 @@ class FixedNorm(nn.BatchNorm1d):
         self.running_var.fill_(float(x.var(0, correction=0).mean()))
 
 
+class _Pool(torch.autograd.Function):
+    """A layer's input, handed through, and its average over positions.
+
+    One function, so that the average's gradient is added to the input's in one pass: autograd would first write it out
+    for every position, a fifth of the time of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        ctx.axes = axes
+        return x.view_as(x), x.mean(axes, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, x: Tensor, pooled: Tensor) -> tuple[Tensor, None]:
+        shape = [1 if axis in ctx.axes else size for axis, size in enumerate(x.shape)]
+        positions = x[0].numel() // pooled.shape[1]
+        return x + (pooled / positions).to(x.dtype).view(shape), None
+
+
 class GatedLayer(nn.Module):
     """A producer, its BatchNorm without scale and shift, and the predictor that takes their place.
 
@@ -125,12 +144,15 @@ class GatedLayer(nn.Module):
         """Output channels."""
         return self.shift.numel()
 
-    def scores(self, x: Float[Tensor, "sample ..."]) -> tuple[Tensor, Tensor]:
-        """Pooled input `[sample, input]` and runtime scores `[sample, channel]`, in float32 whatever runs around."""
+    def scores(self, x: Float[Tensor, "sample ..."]) -> tuple[Tensor, Tensor, Tensor]:
+        """The input for the producer, its average `[sample, input]` and runtime scores `[sample, channel]`.
+
+        Averages and scores are in float32 whatever runs around.
+        """
         with torch.autocast(x.device.type, enabled=False):
             axes = self._positions(x)
-            pooled = x.mean(axes, dtype=torch.float32) if axes else x.float()
-            return pooled, self.gate(self.sight(pooled) * self.gain)
+            x, pooled = _Pool.apply(x, axes) if axes else (x, x.float())
+            return x, pooled, self.gate(self.sight(pooled) * self.gain)
 
     def predictor(self) -> tuple[Float[Tensor, "channel input"], Float[Tensor, " channel"]]:
         """Weight and bias of the runtime predictor on the pooled input as it is, in evaluation mode."""
@@ -192,7 +214,7 @@ class GatedLayer(nn.Module):
         """The layer's output under the decision of the network that is running it."""
         if self._turn is None:
             raise RuntimeError("a gated layer runs only inside its GatedNetwork")
-        pooled, runtime = self.scores(x)
+        x, pooled, runtime = self.scores(x)
         static, active = self._turn(pooled, runtime)
         return self.gated(x, runtime, static, active)
 

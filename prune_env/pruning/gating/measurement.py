@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,6 +30,7 @@ class RuntimeMeasurement:
         params: Stored parameters, predictors and static scores counted (an agent is not known here).
         dense_macs: Of the network without gates.
         dense_params: Of the network without gates.
+        varying: Per gated layer, the share of its channels that are active for some of the images and not for others.
     """
 
     accuracy: float
@@ -38,6 +39,7 @@ class RuntimeMeasurement:
     params: int
     dense_macs: int
     dense_params: int
+    varying: Sequence[float] = ()
 
     @property
     def macs_share(self) -> float:
@@ -57,29 +59,28 @@ class RuntimeMeasurement:
             "speed_up_macs": self.dense_macs / float(self.macs.mean()),
             "params": self.params,
             "params_share": self.params / self.dense_params,
+            "varying_channels": [float(share) for share in self.varying],
         }
 
 
-class Recorder:
-    """Passes questions on to some decisions, and counts what they answer.
+class Habits:
+    """Which channels some images left active, layer by layer.
 
     Args:
-        decide: The decisions that are watched.
         layers: Gated layers of the network.
     """
 
-    def __init__(self, decide: Decide, layers: int) -> None:
-        self.decide = decide
+    def __init__(self, layers: int) -> None:
         self._counts: list[list[np.ndarray]] = [[] for _ in range(layers)]
         self._ever: list[Tensor | None] = [None] * layers
+        self._always: list[Tensor | None] = [None] * layers
 
-    def __call__(self, question: Question) -> Tensor:
-        """The answer of the watched decisions."""
-        active = self.decide(question)
-        self._counts[question.index].append(active.sum(1).cpu().numpy())
-        seen, ever = active.any(0), self._ever[question.index]
-        self._ever[question.index] = seen if ever is None else seen | ever
-        return active
+    def note(self, at: int, active: Bool[Tensor, "sample channel"]) -> None:
+        """Take down the active channels of layer `at` for some images."""
+        self._counts[at].append(active.sum(1).cpu().numpy())
+        some, all_of_them, ever, always = active.any(0), active.all(0), self._ever[at], self._always[at]
+        self._ever[at] = some if ever is None else ever | some
+        self._always[at] = all_of_them if always is None else always & all_of_them
 
     @property
     def counts(self) -> np.ndarray:
@@ -90,6 +91,30 @@ class Recorder:
     def used(self) -> list[Tensor]:
         """`[channel]` per layer: whether a channel was ever active."""
         return [ever for ever in self._ever if ever is not None]
+
+    @property
+    def varying(self) -> list[int]:
+        """Per layer: channels that are active for some images and not for others."""
+        return [int((ever & ~always).sum()) for ever, always in zip(self.used, self._always, strict=True)]
+
+
+class Recorder(Habits):
+    """Passes questions on to some decisions, and takes down what they answer.
+
+    Args:
+        decide: The decisions that are watched.
+        layers: Gated layers of the network.
+    """
+
+    def __init__(self, decide: Decide, layers: int) -> None:
+        super().__init__(layers)
+        self.decide = decide
+
+    def __call__(self, question: Question) -> Tensor:
+        """The answer of the watched decisions."""
+        active = self.decide(question)
+        self.note(question.index, active)
+        return active
 
 
 def measure_runtime(
@@ -133,4 +158,5 @@ def measure_runtime(
         params=int(forms.params(stored)),
         dense_macs=int(forms.dense_macs),
         dense_params=int(forms.dense_params),
+        varying=[count / whole for count, whole in zip(recorder.varying, gated.full, strict=True)],
     )

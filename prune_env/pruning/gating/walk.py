@@ -99,7 +99,7 @@ class Walker:
 
     def _gate(self, layer: GatedLayer, at: int, value: Tensor, static: Tensor) -> Walk:
         """One gated layer; a generator of its own, so that nothing of it stays alive until the next one."""
-        pooled, runtime = layer.scores(value)
+        value, pooled, runtime = layer.scores(value)
         active = yield Question(self.gated.names[at], at, pooled.detach(), runtime.detach(), static.detach())
         return layer.gated(value, runtime, static, active)
 
