@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,14 @@ class PpoSettings:
         log_std: Logarithm of the deviation that policies start with (paper: -4).
         epochs: Passes over a rollout (paper: 1).
         minibatch: Episodes of a minibatch (paper: 64).
+        self_critical: Whether the runtime agent's rewards are relative to its mean decisions (paper: not).
     """
 
     lr: float = 1e-3
     log_std: float = -2.3
     epochs: int = 4
     minibatch: int = 64
+    self_critical: bool = True
 
 
 def make_agent(kind: str, view: VecEnv, layers: int, settings: PpoSettings, seed: int) -> RecurrentPPO:
@@ -160,6 +162,30 @@ class AgentDecisions:
         if self._act is not None:
             keep = keep + self._act(0, self.passage.observe(question))[:, 0]
         return self.passage.decide(question, keep, self.problem.even_keep(self.budget))
+
+
+class DrawnBudgets:
+    """Mean decisions at a budget that is drawn for each batch, so that a network learns to serve all of a span.
+
+    A network that is trained at one budget gains nothing from more channels, and loses much without those that it has
+    always had: no choice per image can pay then. (The official code trains it at the mean decisions of one budget.)
+
+    Args:
+        at: Budget -> the mean decisions at it.
+        span: Lowest and highest budget, shares of the dense macs.
+    """
+
+    def __init__(self, at: Callable[[float], AgentDecisions], span: tuple[float, float]) -> None:
+        self.at, self.span = at, span
+        self._decide: AgentDecisions | None = None
+
+    def __call__(self, question: Question) -> Tensor:
+        """The active channels."""
+        if question.index == 0:
+            low, high = self.span
+            # From torch's own generator, which the training loop seeds anew in every epoch: a resumed one is the same.
+            self._decide = self.at(low + (high - low) * float(torch.rand(())))
+        return self._decide(question)
 
 
 def static_keeps(agent: RecurrentPPO | None, problem: RuntimeProblem, budget: Budget) -> tuple[float, ...]:

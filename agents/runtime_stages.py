@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,22 @@ from safetensors.torch import save as to_bytes
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.runtime_agent import AgentDecisions, MeanActions, make_agent, restore, static_keeps, tensors_of
+from agents.runtime_agent import (
+    AgentDecisions,
+    DrawnBudgets,
+    MeanActions,
+    make_agent,
+    restore,
+    static_keeps,
+    tensors_of,
+)
 from agents.runtime_options import RuntimeTrainConfig
 from agents.runtime_view import RuntimeView, StaticView
 from prune_env.envs.runtime_dynamics import RuntimeProblem, Scale
 from prune_env.envs.runtime_pruning import RuntimePruningVectorEnv
 from prune_env.files import write
 from prune_env.gates import attached, gate_settings, train_gated
+from prune_env.pruning.gating.layer import Decide
 from prune_env.pruning.gating.network import GatedNetwork
 from prune_env.pruning.measure import Budget
 from prune_env.runtime_config import SCALE_IMAGES, problem_of
@@ -79,11 +89,9 @@ class RuntimeLearner:
         self.gated: GatedNetwork = attached(task, static=config.static_importance)
         self.problem: RuntimeProblem = problem_of(task, self.gated, config.env())
         self.budget: Budget = self.problem.budget_of(config.budget if config.keep is None else self._macs(config.keep))
-        low, high = (
-            float(np.clip(self.budget.fraction * factor, self.problem.minimum / self.budget_scale + 1e-6, 1.0))
-            for factor in (1 - config.budget_spread, 1 + config.budget_spread)
+        self.problem = dataclasses.replace(
+            self.problem, value=self.budget.fraction, span=self._span(config.budget_spread)
         )
-        self.problem = dataclasses.replace(self.problem, value=self.budget.fraction, span=(low, high))
         layers, settings, trust = len(self.problem.channels), config.stages.ppo, config.runtime_trust
         views = self._views(self.problem, None)
         self.runtime = make_agent("runtime", views[0], layers, settings, config.seed) if trust > 0 else None
@@ -96,6 +104,11 @@ class RuntimeLearner:
     def budget_scale(self) -> float:
         """Macs of the dense network."""
         return self.problem.accounting.dense_macs
+
+    def _span(self, spread: float) -> tuple[float, float]:
+        """The budgets around the run's own that can be reached."""
+        fraction, least = self.budget.fraction, self.problem.minimum / self.budget_scale + 1e-6
+        return tuple(float(np.clip(fraction * factor, least, 1.0)) for factor in (1 - spread, 1 + spread))
 
     def _macs(self, keep: float) -> float:
         """What a share in every layer costs.
@@ -118,10 +131,15 @@ class RuntimeLearner:
         """The vector envs of the two agents."""
         size, parts = self.config.images_at_once, self.config.static_batches
         fixed = dataclasses.replace(problem, static_keeps=statics)
-        act = None if getattr(self, "runtime", None) is None else MeanActions(self.runtime)
+        agent = getattr(self, "runtime", None)
+        act = None if agent is None else MeanActions(agent)
+        means = None
+        if agent is not None and self.config.stages.ppo.self_critical:
+            means = partial(AgentDecisions, fixed, agent)
         split = [RuntimePruningVectorEnv(problem, num_envs=size // parts) for _ in range(parts)]
         price = getattr(self, "price", None)
-        return RuntimeView(RuntimePruningVectorEnv(fixed, num_envs=size), price=price), StaticView(split, act)
+        view = RuntimeView(RuntimePruningVectorEnv(fixed, num_envs=size), price=price, means=means)
+        return view, StaticView(split, act)
 
     def statics(self, budget: Budget | None = None) -> tuple[float, ...] | None:
         """The static shares as the static agent stands, within the budget where they alone decide.
@@ -137,6 +155,13 @@ class RuntimeLearner:
         aim = self.budget if budget is None else self.problem.budget_of(budget)
         fixed = dataclasses.replace(self.problem, static_keeps=self.statics(aim))
         return AgentDecisions(fixed, self.runtime, budget=aim, offset=offset)
+
+    def _while_training(self) -> Decide:
+        """The decisions that the network is trained under."""
+        if self.config.network_spread == 0:
+            return self.decisions()
+        span = self._span(self.config.network_spread)
+        return DrawnBudgets(lambda budget: self.decisions(budget=budget), span)
 
     def run(self, tell: Tell, log: Callable[[int, dict[str, float]], None]) -> None:
         """Work through the stages that are left; a checkpoint after each.
@@ -179,7 +204,7 @@ class RuntimeLearner:
             self.task,
             settings,
             static=stage.kind != "gates",
-            decide=self.decisions() if stage.kind == "network" else None,
+            decide=self._while_training() if stage.kind == "network" else None,
             progress=lambda done, total, what: tell(done, total, f"{stage.kind} {stage.round or ''}: {what}"),
             checkpoint=self._inside(at),
             device=self.config.device,

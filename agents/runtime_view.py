@@ -10,11 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
+from torch.nn import functional
 
-from prune_env.envs.runtime_dynamics import IMAGE_FIELDS
+from agents.runtime_agent import AgentDecisions
+from prune_env.envs.runtime_dynamics import IMAGE_FIELDS, SAVING, budget_term
 from prune_env.envs.runtime_pruning import RuntimePruningVectorEnv
+from prune_env.pruning.gating.walk import answer
+from prune_env.pruning.measure import autocast
 
 Observation = dict[str, np.ndarray]
 
@@ -64,16 +69,29 @@ class RuntimeView(_View):
     replaced by `-price (B - Bbar)`, and the price follows the mean of the batch: dual ascent on a budget that holds in
     the mean over images, so that easy ones may pay for hard ones. The paper's term holds each image to the budget.
 
+    With `means`, a reward is what the actions win over the agent's own mean decisions for the same image: the
+    self-critical baseline of Rennie et al., "Self-critical Sequence Training" (CVPR 2017). It does not depend on the
+    actions, so the gradient's expectation is the same, but losses differ between images by far more than by what is
+    decided about them, and a critic that sees pooled maps cannot tell how hard an image is. The paper has the critic
+    alone.
+
     Args:
         env: Its problem should hold `static_keeps` unless the runtime is trusted alone.
         price: Price of the dense network's macs to begin with; None takes the paper's term.
+        means: The agent's mean decisions at a budget, whose reward is the baseline; None: rewards as they are.
     """
 
     RATE = 2.0
     """Change of the price for a batch that misses its budget by all of the dense macs."""
 
-    def __init__(self, env: RuntimePruningVectorEnv, *, price: float | None = None) -> None:
-        self.env, self.price = env, price
+    def __init__(
+        self,
+        env: RuntimePruningVectorEnv,
+        *,
+        price: float | None = None,
+        means: Callable[..., AgentDecisions] | None = None,
+    ) -> None:
+        self.env, self.price, self.means = env, price, means
         super().__init__(env.num_envs, dict(env.single_observation_space.items()))
 
     def reset(self) -> Observation:
@@ -88,11 +106,15 @@ class RuntimeView(_View):
         if not over.any():
             return self._seen, np.zeros(self.num_envs, dtype=np.float32), over, [{} for _ in range(self.num_envs)]
         final = infos["final_info"]
-        rewards = (final["reward/accuracy"] + self._macs(final)).astype(np.float32)
+        paid = self._paid(final, final["loss"], final["macs"])
+        rewards = (paid - self._paid(final, *self._by_means(final)) if self.means else paid).astype(np.float32)
+        if self.price is not None:
+            excess = float((final["macs"] - final["budget"]).mean())
+            self.price = max(0.0, self.price + self.RATE * excess)
         told = [
             {
                 "terminal_observation": infos["final_obs"][at],
-                "episode": {"r": float(rewards[at]), "l": len(self.env.problem.channels), "t": 0.0},
+                "episode": {"r": float(paid[at]), "l": len(self.env.problem.channels), "t": 0.0},
                 "macs": float(final["macs"][at]),
                 "correct": bool(final["correct"][at]),
             }
@@ -100,14 +122,23 @@ class RuntimeView(_View):
         ]
         return self._seen, rewards, over, told
 
-    def _macs(self, final: dict[str, np.ndarray]) -> np.ndarray:
-        """The reward for what each image cost."""
+    def _paid(self, final: dict[str, np.ndarray], losses: np.ndarray, macs: np.ndarray) -> np.ndarray:
+        """Rewards of the finished images for losses and macs, at the price that held."""
+        budget = float(final["budget"][0])
+        accuracy = -losses / np.maximum(final["mean_loss"], 1e-8)
         if self.price is None:
-            return final["reward/macs"]
-        over = final["macs"] - final["budget"]
-        paid = -self.price * over
-        self.price = max(0.0, self.price + self.RATE * float(over.mean()))
-        return paid
+            return accuracy + budget_term(macs, budget, saving=SAVING)
+        return accuracy - self.price * (macs - budget)
+
+    def _by_means(self, final: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Loss and macs of each finished image under the agent's mean decisions."""
+        problem = self.env.problem
+        index = torch.from_numpy(final["image"]).to(problem.images.device)
+        decide = self.means(budget=float(final["budget"][0]))
+        with torch.no_grad(), autocast(problem.images.device, problem.dtype):
+            logits = answer(problem.walker.walk(problem.images[index]), decide)
+        losses = functional.cross_entropy(logits.float(), problem.labels[index], reduction="none")
+        return losses.double().cpu().numpy(), decide.passage.macs()
 
 
 class StaticView(_View):

@@ -165,7 +165,8 @@ def _latency(tests: Sequence[Record]) -> str:
 def table(records: Sequence[Record]) -> str:
     """The rows as a Markdown table: means over seeds, then each seed's accuracy and its distance to dense."""
     lines = [
-        "| decisions | test accuracy, % | against dense | fewer macs | macs, 5-95 % | by image | params | ms an image | by seed |",
+        "| decisions | test accuracy, % | against dense | fewer macs | macs, 5-95 % | by image | params | ms an image "
+        "| by seed |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     dense = {record["seed"]: record["dense"]["test"] for record in records}

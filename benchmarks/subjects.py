@@ -34,13 +34,16 @@ def random_problem(network: str, *, calibration: int, search: int, budget: float
     )
 
 
-def random_gates(gated: GatedNetwork, decide: FixedDecisions, images: Tensor, *, seed: int = 0) -> None:
+def random_gates(
+    gated: GatedNetwork, decide: FixedDecisions, images: Tensor, *, deviation: float = 0.3, seed: int = 0
+) -> None:
     """Move gates and static scores as a training would: what is active differs between images and between channels.
 
     Args:
         gated: The network; its statistics become those of the images under the decisions.
         decide: The decisions.
         images: What it will see.
+        deviation: Standard deviation of a channel's score over images; over channels it is .1 more than before.
         seed: Seed of the gates.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -48,7 +51,7 @@ def random_gates(gated: GatedNetwork, decide: FixedDecisions, images: Tensor, *,
         for layer in gated.layers:
             layer.gate.weight.normal_(generator=generator)
             seen = layer.predictor()[0] * layer.sight.running_var.sqrt()
-            layer.gate.weight *= 0.3 / seen.norm(dim=1, keepdim=True)
+            layer.gate.weight *= deviation / seen.norm(dim=1, keepdim=True)
             layer.gate.bias += 0.1 * torch.randn(layer.gate.bias.shape, generator=generator)
         for scores in gated.static.parameters():
             scores += 0.2 * torch.randn(scores.shape, generator=generator)

@@ -94,7 +94,9 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     | `active`, `kept` | step | channels active for the image, channels stored |
     | `macs`, `params` | step | shares of the dense network's so far |
     | `static_keep` | step | the static share that was applied |
+    | `image` | last step | the image's place in the problem's images |
     | `loss`, `correct` | last step | of the image |
+    | `mean_loss` | last step | running mean of losses that the reward is relative to |
     | `budget` | last step | the batch's budget |
     | `reward/<term>` | last step | the terms of the reward |
 
@@ -211,6 +213,7 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             self._order = self.np_random.permutation(len(problem.images))
         drawn, self._order = self._order[: self.num_envs], self._order[self.num_envs :]
         index = torch.from_numpy(drawn).to(problem.images.device)
+        self._drawn = drawn
         self._labels = problem.labels[index]
         self._walk = problem.walker.walk(problem.images[index])
         self._advance(None)
@@ -238,8 +241,8 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             )
         self._mean = self._mean.updated(losses)
         terms = rewards(losses, self._mean, self._passage)
-        info |= {"loss": losses, "correct": (logits.argmax(1) == self._labels).cpu().numpy()}
-        info |= {"budget": self._passage.budget.fraction}
+        info |= {"image": self._drawn, "loss": losses, "correct": (logits.argmax(1) == self._labels).cpu().numpy()}
+        info |= {"mean_loss": self._mean.value, "budget": self._passage.budget.fraction}
         info |= {f"reward/{name}": value for name, value in terms.items()}
         return terms
 

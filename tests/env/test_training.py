@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from prune_env.tasks.networks import make_network
 from prune_env.tasks.training import Hook, TrainingDiverged, TrainSettings, train
 from prune_env.tasks.training.augmentation import augment
 from prune_env.tasks.training.hooks import TrainingState, adam
+from prune_env.tasks.training.memory import keep_freed_memory
 from prune_env.tasks.training.settings import one_cycle
 
 COMMAND = [sys.executable, "-m", "prune_env.tasks.training", "--task", "digits-cnn"]
@@ -333,3 +336,14 @@ def test_a_killed_command_goes_on_to_the_same_file(tmp_path):
         assert sorted(p.name for p in folder.iterdir()) == [".lock", "model.safetensors", "settings.json"]
         files.append([(folder / part).read_bytes() for part in ("model.safetensors", "settings.json")])
     assert files[0] == files[1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of glibc")
+@pytest.mark.parametrize("answer", [1, 0])
+def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch, answer):
+    asked = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *to: asked.append(to) or answer))
+    assert keep_freed_memory() is bool(answer)
+    assert [name for name, _ in asked] == [-3, -1]
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    assert keep_freed_memory() is False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,16 @@ from stable_baselines3.common.vec_env import VecCheckNan, VecEnv, VecMonitor
 
 from agents import evaluate, runtime_options, runtime_train
 from agents.cli import BAD_INPUT, guarded
-from agents.runtime_agent import AgentDecisions, PpoSettings, make_agent, restore, static_keeps, tensors_of
+from agents.runtime_agent import (
+    AgentDecisions,
+    DrawnBudgets,
+    MeanActions,
+    PpoSettings,
+    make_agent,
+    restore,
+    static_keeps,
+    tensors_of,
+)
 from agents.runtime_options import RuntimeTrainConfig, Schedule
 from agents.runtime_report import RuntimeReporter
 from agents.runtime_stages import RuntimeLearner
@@ -73,6 +83,40 @@ def test_a_price_rises_while_images_cost_more_than_the_budget(learner):
     excess = np.array([one["macs"] for one in told]) - learner.budget.fraction
     assert view.price == pytest.approx(1.0 + RuntimeView.RATE * excess.mean())
     assert all(one["episode"]["r"] == pytest.approx(r) for one, r in zip(told, rewards, strict=True))
+
+
+def played(view, act, *, change):
+    """Rewards of one episode by an agent's mean actions, all changed by a number, and what was told at its end."""
+    view.seed(1)
+    seen = view.reset()
+    for _ in view.env.problem.channels:
+        seen, rewards, _, told = view.step(act(0, seen) + change)
+    return rewards, told
+
+
+@pytest.mark.parametrize("price", [None, 2.0])
+@pytest.mark.parametrize("trust", [0.5, 1.0])
+def test_mean_decisions_are_the_zero_of_rewards(learner, price, trust):
+    learner.price, problem = price, dataclasses.replace(learner.problem, trust=trust)
+    view, _ = learner._views(problem, None if trust == 1 else learner.statics())
+    rewards, told = played(view, MeanActions(learner.runtime), change=0.0)
+    np.testing.assert_array_equal(rewards, 0.0)
+    assert all(one["episode"]["r"] < 0 for one in told)
+
+
+def test_rewards_are_what_actions_win_over_the_mean_decisions(learner):
+    learner.price, act = 0.0, MeanActions(learner.runtime)
+    view, _ = learner._views(dataclasses.replace(learner.problem, trust=1.0), None)
+    won, told = played(view, act, change=-0.2)
+    view.means, view.price = None, 0.0
+    paid, plain = played(view, act, change=-0.2)
+    view.price = 0.0
+    by_means, _ = played(view, act, change=0.0)
+    assert [one["episode"] for one in told] == [one["episode"] for one in plain]
+    # Losses under the means, relative to the mean loss of the other episode: the same up to a factor.
+    factors = (won - paid) / -by_means
+    assert factors[0] != pytest.approx(1.0)
+    np.testing.assert_allclose(factors, factors[0], rtol=1e-3)
 
 
 def test_the_static_agent_never_sees_an_image(learner):
@@ -290,3 +334,44 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, arguments, m
     assert message in said
     assert said.count("\n") == 1
     assert not runs.exists()
+
+
+def test_the_network_can_be_trained_at_drawn_budgets():
+    asked = []
+
+    def at(budget):
+        asked.append(budget)
+        return lambda question: (budget, question.index)
+
+    def answers(batches):
+        torch.manual_seed(4)
+        decide = DrawnBudgets(at, (0.2, 0.6))
+        return [[decide(SimpleNamespace(index=index))[0] for index in range(3)] for _ in range(batches)]
+
+    first = answers(50)
+    assert all(len(set(batch)) == 1 for batch in first)  # one budget for all layers
+    assert 0.2 <= min(asked) < 0.25
+    assert 0.55 < max(asked) <= 0.6
+    assert answers(50) == first
+
+
+def test_a_run_whose_network_serves_several_budgets_resumes_exactly(tmp_path):
+    config = dataclasses.replace(CONFIG, network_spread=0.3)
+    whole, parts = (RuntimeLearner(runtime_train.task_of(config), config, tmp_path / name) for name in ("a", "b"))
+    for learner in (whole, parts):
+        learner.folder.mkdir()
+    whole.run(lambda *_: None, lambda *_: None)
+
+    class Killed(Exception):
+        pass
+
+    def kill(at, _):
+        if at == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        parts.run(lambda *_: None, kill)
+    again = RuntimeLearner(runtime_train.task_of(config), config, tmp_path / "b")
+    again.run(lambda *_: None, lambda *_: None)
+    for name, tensor in whole.gated.state_dict().items():
+        assert torch.equal(tensor, again.gated.state_dict()[name]), name

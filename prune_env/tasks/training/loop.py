@@ -16,6 +16,7 @@ from prune_env.tasks.images import Split
 from prune_env.tasks.training.augmentation import augment
 from prune_env.tasks.training.checkpoint import Checkpoint
 from prune_env.tasks.training.hooks import Hook, TrainingState
+from prune_env.tasks.training.memory import keep_freed_memory
 from prune_env.tasks.training.settings import DTYPES, TrainSettings, one_cycle
 
 Progress = Callable[[int, int, str], None]
@@ -68,6 +69,7 @@ def train(
         TrainingDiverged: The loss became NaN or Inf.
         OSError: The checkpoint cannot be written.
     """
+    keep_freed_memory()
     network.to(device).to(memory_format=torch.channels_last)
     run = _Run(network, split, settings, tuple(hooks), progress, torch.device(device))
     if checkpoint is not None and checkpoint.exists():
