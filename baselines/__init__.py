@@ -13,6 +13,7 @@ from baselines.search import search_method
 from prune_env.config import make_problem
 from prune_env.envs.dynamics import Problem
 from prune_env.tasks.task import Task
+from prune_env.tasks.training.loop import Progress
 
 __all__ = ["METHODS", "Case", "CountsPolicy", "Method", "MethodPolicy", "Result", "method_of", "policy", "prune"]
 
@@ -64,6 +65,7 @@ def prune(
     recalibrate: bool = True,
     refit: str | bool = "auto",
     seed: int = 0,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Result:
     """Prune a task's network by one method; repaired and measured exactly as the env does it.
@@ -80,6 +82,7 @@ def prune(
         refit: Refit of the layers behind a cut: `auto`, `none`, `moments` or `sequential`; True is `moments`, False
             `none`.
         seed: Seed of all that the method draws.
+        progress: Told about every step of a method that trains before it prunes.
         **options: Further fields of `prune_env.config.EnvConfig`: `leave`, `round_to`, `min_channels`,
             `min_keep`, `calibration_images`, `device`.
 
@@ -94,7 +97,7 @@ def prune(
     chosen = method_of(method)
     _check_aim(budget, keep)
     refit = {True: "moments", False: "none"}[refit] if isinstance(refit, bool) else refit
-    prepared = chosen.prepare(task, seed)
+    prepared = chosen.prepare(task, seed, progress)
     problem = make_problem(
         prepared,
         budget=1.0 if budget is None else budget,

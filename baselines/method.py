@@ -22,6 +22,7 @@ from prune_env.envs.dynamics import Problem
 from prune_env.pruning.measure import Budget, Measurement, Meter, number_format
 from prune_env.pruning.plan import Plan
 from prune_env.tasks.task import Task
+from prune_env.tasks.training.loop import Progress
 
 Scores = Mapping[str, np.ndarray]
 
@@ -45,7 +46,7 @@ class Case:
     task: Task | None = None
 
 
-def unprepared(task: Task, seed: int) -> Task:
+def unprepared(task: Task, seed: int, progress: Progress | None) -> Task:
     """The network as it is."""
     return task
 
@@ -72,7 +73,7 @@ class Method:
     Attributes:
         name: Its name in `METHODS`.
         paper: Where it comes from, one line.
-        prepare: (task, seed) -> task with a network trained for pruning.
+        prepare: (task, seed, progress) -> task with a network trained for pruning; see `prepared_task`.
         importance: Case (its scores are still the problem's) -> group name -> scores.
         allocate: Case -> channels per group to decide, inside the budget.
         repair: (case, plan) -> the pruned network, ready to be measured.
@@ -80,7 +81,7 @@ class Method:
 
     name: str
     paper: str
-    prepare: Callable[[Task, int], Task] = field(default=unprepared)
+    prepare: Callable[[Task, int, Progress | None], Task] = field(default=unprepared)
     importance: Callable[[Case], Scores] = field(default=given_scores)
     allocate: Callable[[Case], Counts] = field(default=same_share)
     repair: Callable[[Case, Plan], nn.Module] = field(default=given_repair)

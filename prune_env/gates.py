@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import filelock
 import torch
 
 from prune_env.pruning.gating.layer import Decide
 from prune_env.pruning.gating.network import GatedNetwork, attach
 from prune_env.pruning.tracing import trace
-from prune_env.tasks.dense import recipe, writable_root
+from prune_env.tasks.dense import recipe
+from prune_env.tasks.prepared import train_once
 from prune_env.tasks.task import Task
 from prune_env.tasks.training import Hook, TrainingState, TrainSettings, train
 from prune_env.tasks.training.hooks import adam
 from prune_env.tasks.training.loop import Progress, TrainReport
-from prune_env.tasks.weights import read_tensors, write_tensors
 
 GATE_EPOCHS = {"digits": 4}
 """Epochs that predictors are trained for by default; one for data sets that are not named."""
@@ -34,7 +31,7 @@ GATES_RATE = 1e-3
 REFRESH = 50
 """Steps between two refreshes of the static predictor's features. The official code computes them once."""
 
-VERSION = 3
+VERSION = 4
 """Part of the cache's key: raise it when the same settings give another network."""
 
 
@@ -156,26 +153,12 @@ def prepared(
     if epochs == 0:
         return gated.eval()
     settings = gate_settings(task, epochs=epochs, seed=seed)
-    folder = writable_root(None if root is None else Path(root).expanduser()) / "gates"
-    file = folder / f"{task.name.replace(':', '_').replace('/', '_')}-{_digest(task, settings, static)}.safetensors"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(file.with_suffix(".lock")):
-            if not file.exists():
-                checkpoint = file.with_suffix(".checkpoint")
-                train_gated(gated, task, settings, progress=progress, checkpoint=checkpoint)
-                write_tensors(gated.state_dict(), file)
-                checkpoint.unlink()
-    gated.load_state_dict(read_tensors(file))
+    train_once(
+        gated,
+        task,
+        kind="gates",
+        content={"version": VERSION, "static": static, **dataclasses.asdict(settings)},
+        run=lambda checkpoint: train_gated(gated, task, settings, progress=progress, checkpoint=checkpoint),
+        root=root,
+    )
     return gated.eval()
-
-
-def _digest(task: Task, settings: TrainSettings, static: str) -> str:
-    """A name for everything that decides the trained gates, the dense weights included."""
-    digest = hashlib.sha256()
-    content = {"version": VERSION, "static": static, "task": dict(task.settings), **dataclasses.asdict(settings)}
-    digest.update(json.dumps(content, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(task.network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]

@@ -160,7 +160,7 @@ def test_the_test_split_is_read_once_and_only_when_asked_for(monkeypatch: pytest
 def test_a_method_of_ones_own_is_its_choice_at_four_stages() -> None:
     seen: list[str] = []
 
-    def prepare(task: Task, seed: int) -> Task:
+    def prepare(task: Task, seed: int, progress: object) -> Task:
         seen.append(f"prepare {seed}")
         network = copy.deepcopy(task.network)
         with torch.no_grad():

@@ -26,7 +26,7 @@ class Checkpoint:
         epochs: Epochs done.
         losses: Mean training loss of each.
         accuracies: Accuracy of each on its augmented training images.
-        tensors: Weights, buffers, momentum and the memory of hooks, by prefixed names.
+        tensors: Weights, buffers, the memory of the optimiser and of hooks, by prefixed names.
     """
 
     epochs: int

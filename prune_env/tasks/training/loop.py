@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from prune_env.tasks.images import Split
 from prune_env.tasks.training.augmentation import augment
@@ -40,12 +41,24 @@ class TrainReport:
     accuracies: tuple[float, ...]
 
 
+def nesterov(network: nn.Module, settings: TrainSettings) -> Optimizer:
+    """The usual optimiser: SGD with Nesterov momentum and decay of all parameters."""
+    return torch.optim.SGD(
+        network.parameters(),
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=True,
+    )
+
+
 def train(
     network: nn.Module,
     split: Split,
     *,
     settings: TrainSettings,
     hooks: Sequence[Hook] = (),
+    optimizer: Callable[[nn.Module, TrainSettings], Optimizer] = nesterov,
     progress: Progress | None = None,
     checkpoint: Path | None = None,
     device: str | torch.device = "cpu",
@@ -60,6 +73,8 @@ def train(
         split: Training images.
         settings: What decides the outcome.
         hooks: Called in order at each stage.
+        optimizer: Network and settings -> what takes the steps; the loop sets its learning rates. Its memory must be
+            tensors of the parameters' shapes or scalars, for checkpoints hold it.
         progress: Told about every step.
         checkpoint: File to write after each epoch and to resume from.
         device: Where to train.
@@ -71,7 +86,7 @@ def train(
     """
     keep_freed_memory()
     network.to(device).to(memory_format=torch.channels_last)
-    run = _Run(network, split, settings, tuple(hooks), progress, torch.device(device))
+    run = _Run(network, split, settings, tuple(hooks), optimizer(network, settings), progress, torch.device(device))
     if checkpoint is not None and checkpoint.exists():
         run.restore(Checkpoint.read(checkpoint, settings), checkpoint)
     try:
@@ -122,20 +137,14 @@ class _Run:
         split: Split,
         settings: TrainSettings,
         hooks: tuple[Hook, ...],
+        optimizer: Optimizer,
         progress: Progress | None,
         device: torch.device,
     ) -> None:
         if not len(split):
             raise ValueError("the training split is empty")
         self.network, self.split, self.settings, self.hooks = network, split, settings, hooks
-        self.progress, self.device = progress, device
-        self.optimizer = torch.optim.SGD(
-            network.parameters(),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=True,
-        )
+        self.progress, self.device, self.optimizer = progress, device, optimizer
         self.per_epoch = max(1, len(split) // settings.batch_size)
         self.state = TrainingState(network, self.optimizer, self.per_epoch * settings.epochs)
         self.losses: list[float] = []
@@ -204,9 +213,12 @@ class _Run:
         Raises:
             ValueError: Its tensors are not those of this training.
         """
-        for name, parameter in self.network.named_parameters():
-            if f"momentum.{name}" in saved.tensors:
-                self.optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        parameters = dict(self.network.named_parameters())
+        for name, tensor in saved.tensors.items():
+            owner, _, key = name.removeprefix("optimizer.").rpartition("/")
+            if name.startswith("optimizer.") and owner in parameters:
+                device = parameters[owner].device if tensor.dim() else "cpu"
+                self.optimizer.state[parameters[owner]].setdefault(key, torch.zeros_like(tensor, device=device))
         own = self._tensors()
         shapes = {name: tensor.shape for name, tensor in saved.tensors.items()}
         if saved.epochs and shapes != {name: tensor.shape for name, tensor in own.items()}:
@@ -227,9 +239,8 @@ class _Run:
         """Names -> tensors that a checkpoint holds; copying into them restores it."""
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         for name, parameter in self.network.named_parameters():
-            buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None:
-                tensors[f"momentum.{name}"] = buffer
+            memory = self.optimizer.state.get(parameter, {}).items()
+            tensors |= {f"optimizer.{name}/{key}": value for key, value in memory if isinstance(value, Tensor)}
         for number, hook in enumerate(self.hooks):
             tensors |= {f"hook{number}.{name}": tensor for name, tensor in hook.tensors.items()}
         return tensors
