@@ -11,7 +11,7 @@ import pytest
 from agents import runtime_options, runtime_train
 from agents.runtime_agent import PpoSettings
 from agents.runtime_options import RuntimeTrainConfig, Schedule
-from benchmarks import runtime_runs, runtime_table, trust_sweep
+from benchmarks import budgets_served, runtime_runs, runtime_table, trust_sweep
 from prune_env.pruning.gating.accounting import Accounting
 
 TINY = Schedule(gates=1, scores=0, rounds=1, rollouts=1, network=1, final=1, ppo=PpoSettings(epochs=1))
@@ -146,3 +146,22 @@ def test_the_sweep_draws_the_runs_of_the_table(runs: Path, tmp_path: Path, capsy
         trust_sweep.reports(dataclasses.replace(settings, runs=tmp_path, only_draw=True))
     with pytest.raises(ValueError, match=r"runtime_trust is 1\.5"):
         trust_sweep.reports(dataclasses.replace(settings, trusts=(1.5,)))
+
+
+def test_a_run_is_asked_at_several_budgets(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs / table(runs).config(0, 1.0).name
+    settings = budgets_served.Settings(run=run, factors=(0.8, 1.0), threads=1, out=tmp_path / "rows.json")
+    budgets_served.main(settings)
+    assert run.name in capsys.readouterr().out
+    tighter, own = json.loads(settings.out.read_text())
+    learned = json.loads((run / "report.json").read_text())["learned"]["test"]
+    assert own["accuracy"] == pytest.approx(learned["accuracy"])
+    assert own["dynamic_macs"] == pytest.approx(learned["dynamic_macs"])
+    assert tighter["budget"] == pytest.approx(0.8 * own["budget"])
+    assert tighter["dynamic_macs"] < own["dynamic_macs"]
+    (run / "report.json").rename(tmp_path / "report.json")
+    try:
+        with pytest.raises(ValueError, match="is not finished"):
+            budgets_served.rows(settings)
+    finally:
+        (tmp_path / "report.json").rename(run / "report.json")
