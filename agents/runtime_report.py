@@ -17,9 +17,9 @@ from agents.runtime_stages import RuntimeLearner, Tell
 from prune_env.files import write
 from prune_env.pruning.engine.deployed import DeployedNetwork, plan_of, static_decisions
 from prune_env.pruning.engine.measurement import measure_deployed
-from prune_env.pruning.gating.fixed import FixedDecisions
+from prune_env.pruning.gating.fixed import FixedDecisions, SameChannels
 from prune_env.pruning.gating.layer import Decide
-from prune_env.pruning.gating.measurement import RuntimeMeasurement, measure_runtime
+from prune_env.pruning.gating.measurement import Recorder, RuntimeMeasurement, measure_runtime
 from prune_env.pruning.gating.tradeoff import decide_static
 from prune_env.pruning.gating.walk import everything
 from prune_env.pruning.measure import Meter, count_params
@@ -51,7 +51,8 @@ class RuntimeReporter:
 
         `dense` is the network that the run began with, `open` the trained one with every channel active. `learned` is
         the network that is deployed, with the agents' mean decisions; its agent counts as stored. `mean` gives every
-        image the learned mean share of each layer, `even` the same share in all layers. The last three are moved by one
+        image the learned mean share of each layer, `even` the same share in all layers, and `same` gives all images the
+        same channels: those that are most often active under the learned decisions. The last four are moved by one
         number, found on the search split, to meet the budget in the mean.
 
         At trust 0 the static shares alone decide: they meet the budget already, `even` is the even static share moved
@@ -83,6 +84,9 @@ class RuntimeReporter:
                 rows["even"] = self._row(decisions, self.kept(statics), {"static_keep": list(statics)})
                 write(path, json.dumps(rows, indent=2))
             return rows
+        if "same" not in rows:
+            rows["same"] = self._same(learner.decisions(offset=rows["learned"]["offset"]), kept)
+            write(path, json.dumps(rows, indent=2))
         means = np.array(rows["learned"]["runtime_keep_mean"])
         even = np.full(len(means), learner.problem.even_keep(learner.budget))
         for name, keeps in (("mean", means), ("even", even)):
@@ -129,6 +133,18 @@ class RuntimeReporter:
         scores = [score.detach() for score in problem.gated.static.scores()]
         decisions = [decide_static(score, keep, problem.trust) for score, keep in zip(scores, statics, strict=True)]
         return np.array([len(decision.kept) for decision in decisions], dtype=np.int64)
+
+    def _same(self, decide: Decide, kept: np.ndarray) -> dict[str, Any]:
+        """The row of one choice for all images: the habit of some decisions."""
+        habits = Recorder(decide, len(kept))
+        self._measure(self.task.search, habits, kept)
+        counts = habits.counts.mean(0)
+
+        def same(value: float) -> SameChannels:
+            return SameChannels.most_often(habits.often, [round(count * (1 + value)) for count in counts])
+
+        offset = self._offset(same, kept)
+        return self._row(same(offset), kept, {"offset": offset})
 
     def _row(self, decide: Decide, kept: np.ndarray | None, facts: dict[str, Any]) -> dict[str, Any]:
         search, test = (self._measure(split, decide, kept) for split in (self.task.search, self.task.test))

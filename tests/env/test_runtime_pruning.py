@@ -27,6 +27,8 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 import prune_env
 from prune_env.envs.runtime_dynamics import IMAGE_FIELDS, LossMean, Passage, RuntimeProblem, Scale, budget_term, rewards
 from prune_env.envs.runtime_pruning import RuntimePruningEnv, RuntimePruningVectorEnv
+from prune_env.pruning.gating.fixed import SameChannels
+from prune_env.pruning.gating.measurement import Habits
 from prune_env.pruning.gating.tradeoff import decide_static
 from prune_env.pruning.gating.walk import Walker
 from prune_env.pruning.measure import count_macs, count_params
@@ -686,3 +688,20 @@ def test_make_vec_works_from_a_fresh_interpreter(tmp_path) -> None:
         timeout=200,
         env=contracts.environment(PRUNE_ENV_DATA=str(tmp_path)),
     )
+
+
+def test_habits_and_the_same_channels_for_all_by_hand():
+    habits = Habits(2)
+    for first, second in (([[1, 0, 1], [1, 0, 0]], [[1, 1], [1, 1]]), ([[0, 0, 1]], [[1, 1]])):
+        habits.note(0, torch.tensor(first, dtype=torch.bool))
+        habits.note(1, torch.tensor(second, dtype=torch.bool))
+    assert habits.counts.tolist() == [[2, 2], [1, 2], [1, 2]]
+    assert [often.tolist() for often in habits.often] == [[2, 0, 2], [3, 3]]
+    assert habits.varying == [2, 0]
+    same = SameChannels.most_often(habits.often, [1, 5])
+    assert [active.tolist() for active in same.channels] == [[True, False, False], [True, True]]
+    # One that was never active is not taken, and one channel is always left.
+    assert SameChannels.most_often(habits.often, [3, 0]).channels[0].tolist() == [True, False, True]
+    assert int(SameChannels.most_often(habits.often, [3, 0]).channels[1].sum()) == 1
+    with pytest.raises(ValueError, match="no channel of layer 1 is active"):
+        SameChannels([torch.tensor([True]), torch.tensor([False, False])])

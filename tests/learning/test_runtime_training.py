@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +29,7 @@ from agents.runtime_stages import RuntimeLearner
 from agents.runtime_view import RuntimeView, StaticView
 from prune_env.envs.runtime_dynamics import IMAGE_FIELDS, RuntimeProblem
 from prune_env.envs.runtime_pruning import RuntimePruningVectorEnv
+from prune_env.pruning.gating.layer import Question
 from prune_env.pruning.gating.measurement import Recorder
 
 TINY = Schedule(gates=1, scores=1, rounds=1, rollouts=2, network=1, final=1, ppo=PpoSettings(epochs=1))
@@ -303,6 +303,9 @@ def test_one_command_trains_and_reports(tmp_path, capsys):
     assert evaluate.main([str(run)]) == 0
     assert "the record agrees" in capsys.readouterr().out
     report = json.loads((run / "report.json").read_text())
+    assert list(report) == ["dense", "open", "learned", "same", "mean", "even"]
+    assert set(report["same"]["test"]["varying_channels"]) == {0.0}
+    assert report["same"]["search"]["dynamic_macs"] <= report["mean"]["search"]["dynamic_macs"] * 1.05
     report["learned"]["test"]["accuracy"] += 0.01
     (run / "report.json").write_text(json.dumps(report))
     assert evaluate.main([str(run)]) == 1
@@ -341,12 +344,14 @@ def test_the_network_can_be_trained_at_drawn_budgets():
 
     def at(budget):
         asked.append(budget)
-        return lambda question: (budget, question.index)
+        return lambda question: torch.tensor(budget)
 
     def answers(batches):
         torch.manual_seed(4)
         decide = DrawnBudgets(at, (0.2, 0.6))
-        return [[decide(SimpleNamespace(index=index))[0] for index in range(3)] for _ in range(batches)]
+        nothing = torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1)
+        asked_in_turn = [Question("layer", index, *nothing) for index in range(3)]
+        return [[float(decide(question)) for question in asked_in_turn] for _ in range(batches)]
 
     first = answers(50)
     assert all(len(set(batch)) == 1 for batch in first)  # one budget for all layers

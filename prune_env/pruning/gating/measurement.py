@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
@@ -64,7 +64,7 @@ class RuntimeMeasurement:
 
 
 class Habits:
-    """Which channels some images left active, layer by layer.
+    """How often the channels of each layer are active.
 
     Args:
         layers: Gated layers of the network.
@@ -72,30 +72,28 @@ class Habits:
 
     def __init__(self, layers: int) -> None:
         self._counts: list[list[np.ndarray]] = [[] for _ in range(layers)]
-        self._ever: list[Tensor | None] = [None] * layers
-        self._always: list[Tensor | None] = [None] * layers
+        self._often: list[Tensor | int] = [0] * layers
 
     def note(self, at: int, active: Bool[Tensor, "sample channel"]) -> None:
         """Take down the active channels of layer `at` for some images."""
         self._counts[at].append(active.sum(1).cpu().numpy())
-        some, all_of_them, ever, always = active.any(0), active.all(0), self._ever[at], self._always[at]
-        self._ever[at] = some if ever is None else ever | some
-        self._always[at] = all_of_them if always is None else always & all_of_them
+        self._often[at] = self._often[at] + active.sum(0).cpu()
 
     @property
-    def counts(self) -> np.ndarray:
-        """`[images, layers]` active channels."""
+    def counts(self) -> Int64[np.ndarray, "image layer"]:
+        """Active channels of each image."""
         return np.stack([np.concatenate(parts) for parts in self._counts], axis=1)
 
     @property
-    def used(self) -> list[Tensor]:
-        """`[channel]` per layer: whether a channel was ever active."""
-        return [ever for ever in self._ever if ever is not None]
+    def often(self) -> list[Int64[Tensor, " _"]]:
+        """Per layer: for how many images each channel is active."""
+        return list(self._often)
 
     @property
     def varying(self) -> list[int]:
         """Per layer: channels that are active for some images and not for others."""
-        return [int((ever & ~always).sum()) for ever, always in zip(self.used, self._always, strict=True)]
+        images = len(self.counts)
+        return [int(((often > 0) & (often < images)).sum()) for often in self.often]
 
 
 class Recorder(Habits):
