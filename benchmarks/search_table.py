@@ -1,0 +1,388 @@
+"""Searches and agents at equal evaluations: what the same number of cut and measured networks finds.
+
+A cell is a method, a number of evaluations and a seed: a run of `agents.search_baselines` or of `agents.train`, with
+the same budget, importance, refit and recalibration as all others, without fine-tuning. An agent's row is its best
+episode, chosen on the search split as a search's is. What was interrupted goes on, what is recorded is not run again.
+
+    python -m benchmarks.search_table --task cifar10-resnet20 --weights FILE.safetensors --evaluations 100 400 \
+        --seeds 0 1 2 --runs DIR
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from agents import search_baselines, train
+from agents.algorithms import ALGORITHMS
+from agents.cli import INTERRUPTED
+from agents.config import TrainConfig, unknown
+from agents.record import RunFolder
+from agents.search_config import SearchConfig
+from baselines.search import OPTIMISERS
+from prune_env.files import write
+
+REFERENCE = "random_search"
+"""What every other method is compared with, seed by seed."""
+
+COMMON = (
+    "task", "weights", "epochs", "budget", "importance", "refit", "recalibrate", "calibration_images", "algorithm",
+    "episodes", "threads", "seed",
+)  # fmt: skip
+"""Fields of a run that the table decides; the rest is a method's own."""
+
+RECORDED = ("task", "epochs", "budget", "importance", "refit", "recalibrate", "calibration_images", "seed")
+"""Fields of a run that its record repeats under the same name."""
+
+QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""Student's t at .975 for 1 to 30 degrees of freedom; for more, the last is a little too wide."""
+
+HEADS = (
+    "plan", "evaluations", "search accuracy, %", "test accuracy before fine-tuning, %", "95 % of its mean",
+    "against uniform", "macs", "the agent's last plan, test", "seconds a run", "own settings", "by seed",
+)  # fmt: skip
+PAIRED_HEADS = ("method", "evaluations", "search, points", "test, points", "95 % of its mean", "by seed")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the table."""
+
+    method: str
+    evaluations: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The table of searches.
+
+    Raises:
+        ValueError: An unknown method (names the closest), or a value that no run would take.
+    """
+
+    task: str = "digits-cnn"
+    """Task name."""
+    weights: str | None = None
+    """File with the dense weights; without it the network is trained, or loaded from the cache."""
+    methods: tuple[str, ...] = (*OPTIMISERS, "td3", "amc")
+    """Methods of `agents.search_baselines` and algorithms of `agents.train`."""
+    evaluations: tuple[int, ...] = (100, 400)
+    """Networks that each run cuts and measures."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of splits, of dense trainings and of searches."""
+    budget: float = 0.5
+    """Share of the macs."""
+    importance: str = "l1"
+    """Static importance: which channels a group keeps."""
+    refit: str = "auto"
+    """Refit of the layers behind a cut."""
+    threads: int = 1
+    """CPU threads."""
+    runs: Path = Path("runs")
+    """Folder of the runs, in a folder below it for each number of evaluations."""
+    records: Path | None = None
+    """Folder of the finished cells, one small JSON file each; `records` in the folder of the runs by default."""
+    only_print: bool = False
+    """Print the cells that are recorded, and run none."""
+    epochs: int | None = None
+    """Epochs of the dense training; the task's own by default."""
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in (*OPTIMISERS, *ALGORITHMS):
+                raise ValueError(unknown("method", method, (*OPTIMISERS, *ALGORITHMS)))
+        for cell in self.cells:
+            self.config(cell)  # what the last run would refuse is refused before the first
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells, each once: the cheap numbers of evaluations first, then seed by seed."""
+        wanted = product(sorted(self.evaluations), self.seeds, self.methods)
+        return list(dict.fromkeys(Cell(method, evaluations, seed) for evaluations, seed, method in wanted))
+
+    def config(self, cell: Cell) -> TrainConfig:
+        """The run of a cell, as its command writes it."""
+        common: dict[str, Any] = {
+            "task": self.task,
+            "weights": None if self.weights is None else str(Path(self.weights).expanduser().resolve()),
+            "epochs": self.epochs,
+            "budget": self.budget,
+            "importance": self.importance,
+            "refit": self.refit,
+            # AMC's presets may say otherwise of these two
+            "recalibrate": TrainConfig.recalibrate,
+            "calibration_images": TrainConfig.calibration_images,
+            "episodes": cell.evaluations,
+            "threads": self.threads,
+            "seed": cell.seed,
+        }
+        if cell.method in OPTIMISERS:
+            return SearchConfig(algorithm=cell.method, **common)
+        return TrainConfig.of(cell.method, **common)
+
+    def folder(self, cell: Cell) -> Path:
+        """Where a cell's run folder is: a run's own name says neither evaluations nor refit."""
+        return self.runs / f"evaluations{cell.evaluations}-refit-{self.refit}"
+
+    def record(self, cell: Cell) -> Path:
+        """Where a cell is recorded."""
+        name = f"{self.config(cell).name}-evaluations{cell.evaluations}-refit-{self.refit}.json"
+        return (self.records or self.runs / "records") / name
+
+
+def arguments(config: TrainConfig) -> list[str]:
+    """The command line of a run: every common field, so that no algorithm puts its own in their place."""
+    searches = {"algorithm": "method", "episodes": "evaluations"} if isinstance(config, SearchConfig) else {}
+    listed = ["--recalibrate" if config.recalibrate else "--no-recalibrate"]
+    for name in COMMON:
+        value = getattr(config, name)
+        if name != "recalibrate" and value is not None:
+            listed += [f"--{searches.get(name, name).replace('_', '-')}", str(value)]
+    return listed
+
+
+def finished(config: TrainConfig, folder: Path) -> RunFolder:
+    """A run at its end: made, resumed, or, if it is finished, only read.
+
+    Args:
+        config: Of the run; threads must be given.
+        folder: Folder of the run's folder.
+
+    Raises:
+        ValueError: The run's folder holds a run with other settings, or the run failed.
+        KeyboardInterrupt: The run was interrupted; the same call goes on with it.
+    """
+    path = folder / config.name
+    order = ["--resume", str(path)] if path.exists() else [*arguments(config), "--runs", str(folder)]
+    if path.exists():
+        _check_same(config, path)
+    if not train.finished(path):
+        code = (search_baselines if isinstance(config, SearchConfig) else train).main(order)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:
+            raise ValueError(f"the run {path} ended with exit code {code}")
+        _check_same(config, path)
+    return RunFolder.open(path)
+
+
+def _check_same(config: TrainConfig, path: Path) -> None:
+    """Refuse a run with other settings; a resumed run keeps its number of threads, which changes no result here."""
+    held, wanted = (json.loads(one.to_json()) for one in (RunFolder.open(path).config, config))
+    for name, value in wanted.items():
+        if held[name] != value and name != "threads":
+            raise ValueError(f"{path} holds a run with {name} {held[name]}, not {value}; choose another folder")
+
+
+def facts(settings: Settings, cell: Cell) -> Record:
+    """What tells a cell apart, as its record says it: of files, the name alone."""
+    config = settings.config(cell)
+    weights = None if config.weights is None else Path(config.weights).name
+    common = {name: getattr(config, name) for name in RECORDED}
+    return {"method": cell.method, "evaluations": cell.evaluations, "weights": weights, **common}
+
+
+def own_settings(config: TrainConfig) -> Record:
+    """Fields in which a method differs from the others."""
+    usual = type(config)()
+    names = [field.name for field in dataclasses.fields(config) if field.name not in COMMON]
+    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(usual, name)}
+
+
+def search_seconds(run: Path) -> float:
+    """Seconds of a run's evaluations and learning, all its processes together; neither its task nor its report.
+
+    From the clock in the run's events: each log is opened right before the first evaluation of its process.
+    """
+    total = 0.0
+    for log in sorted((run / "tensorboard").glob("events.*")):
+        events = list(EventFileLoader(str(log)).Load())
+        played = [one.wall_time for one in events if any(v.tag == "search/accuracy" for v in one.summary.value)]
+        total += played[-1] - events[0].wall_time if played else 0.0
+    return total
+
+
+def share_row(row: Mapping[str, Any], dense: Mapping[str, Any]) -> Record:
+    """A row of a run's report, with shares of the dense network in place of absolute sizes."""
+    kept = ("search_accuracy", "test_accuracy", "counts", "source", "episode", "tried")
+    shares = {f"{size}_share": row[size] / dense[size] for size in ("macs", "params")}
+    return {name: row[name] for name in kept if name in row} | shares
+
+
+def recorded_run(settings: Settings, cell: Cell) -> Record:
+    """Run a cell, or go on with it, and say what came out."""
+    run = finished(settings.config(cell), settings.folder(cell))
+    report = run.report
+    return {
+        **facts(settings, cell),
+        "spent": len(run.read_episodes()),
+        "own": own_settings(run.config),
+        "threads": run.config.threads,
+        "seconds": round(search_seconds(run.path), 2),
+        "rows": {
+            ("found" if name == "learned" else name): share_row(row, report["dense"]) for name, row in report.items()
+        },
+    }
+
+
+def known(settings: Settings, cell: Cell) -> Record | None:
+    """A cell's record, if there is one.
+
+    Raises:
+        ValueError: It is of other weights or other settings, or corrupt.
+    """
+    file = settings.record(cell)
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is corrupt: {error}") from None
+    for name, value in facts(settings, cell).items():
+        if record.get(name) != value:
+            raise ValueError(f"{file} has {name} {record.get(name)}, not {value}; choose another folder")
+    return record
+
+
+def made(settings: Settings, cell: Cell) -> Record:
+    """A cell from its record, or run and recorded."""
+    record = known(settings, cell)
+    if record is None:
+        record = recorded_run(settings, cell)
+        file = settings.record(cell)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, json.dumps(record, indent=2))
+    return record
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95 % t-interval of a mean; None for fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return None
+    return QUANTILES[min(n - 1, len(QUANTILES)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def interval(values: Sequence[float], *, form: str = ".2f") -> str:
+    """The 95 % t-interval of a mean and the number of values."""
+    mean, half = float(np.mean(values)), half_width(values)
+    ends = "" if half is None else f"{mean - half:{form}} to {mean + half:{form}}, "
+    return f"{ends}n = {len(values)}"
+
+
+def percent(rows: Mapping[int, Record], split: str) -> list[float]:
+    """Accuracy of each seed's row in per cent."""
+    return [100 * row[f"{split}_accuracy"] for _, row in sorted(rows.items())]
+
+
+def differences(rows: Mapping[int, Record], base: Mapping[int, Record], split: str) -> list[float]:
+    """Accuracy over that of another row of the same seed, in points, for the seeds that both have."""
+    name = f"{split}_accuracy"
+    return [100 * (rows[seed][name] - base[seed][name]) for seed in sorted(rows.keys() & base.keys())]
+
+
+def groups(records: Sequence[Record]) -> dict[tuple[int, str], list[Record]]:
+    """(evaluations, method) -> records; few evaluations first, methods in the order in which they come."""
+    found: dict[tuple[int, str], list[Record]] = {}
+    for record in sorted(records, key=lambda record: record["evaluations"]):
+        found.setdefault((record["evaluations"], record["method"]), []).append(record)
+    return found
+
+
+def rows_of(records: Sequence[Record], name: str) -> dict[int, Record]:
+    """Seed -> a row of the records that have it.
+
+    Of several of one seed, which only `dense` and `uniform` have, it is that of the method with the fewest settings of
+    its own: they may limit the uniform plan, too.
+    """
+    ordered = sorted(records, key=lambda record: (record["seed"], -len(record["own"])))
+    return {record["seed"]: record["rows"][name] for record in ordered if name in record["rows"]}
+
+
+def table(records: Sequence[Record]) -> str:
+    """Means over seeds as a Markdown table, then each seed's test accuracy."""
+    lines = [_line(HEADS), _line(["---"] * len(HEADS))]
+    dense, uniform = (rows_of(records, name) for name in ("dense", "uniform"))
+    for name, rows, base in (("dense", dense, uniform), ("uniform", uniform, {})) if records else ():
+        lines.append(_line([name, "", *_measured(rows, base), "", "", "", _by_seed(rows)]))
+    for (evaluations, method), some in groups(records).items():
+        found, policy = (rows_of(some, name) for name in ("found", "policy"))
+        spent = [record["spent"] for record in some]
+        fewer = f" (spent {', '.join(map(str, spent))})" if min(spent) < evaluations else ""
+        last = f"{np.mean(percent(policy, 'test')):.2f}" if policy else ""
+        seconds = f"{np.mean([record['seconds'] for record in some]):.1f}"
+        own = ", ".join(f"{name} {value}" for name, value in some[0]["own"].items())
+        cells = [method, f"{evaluations}{fewer}", *_measured(found, uniform), last, seconds, own, _by_seed(found)]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def paired_table(records: Sequence[Record]) -> str:
+    """What each method finds beyond random search with the same seed and as many evaluations, as a Markdown table."""
+    lines = [_line(PAIRED_HEADS), _line(["---"] * len(PAIRED_HEADS))]
+    found = {key: rows_of(some, "found") for key, some in groups(records).items()}
+    for (evaluations, method), rows in found.items():
+        base = found.get((evaluations, REFERENCE), {})
+        if method == REFERENCE or not rows.keys() & base.keys():
+            continue
+        search, test = (differences(rows, base, split) for split in ("search", "test"))
+        cells = [f"{np.mean(search):+.2f}", f"{np.mean(test):+.2f}", interval(test, form="+.2f")]
+        lines.append(_line([method, str(evaluations), *cells, ", ".join(f"{value:+.2f}" for value in test)]))
+    return "\n".join(lines)
+
+
+def _measured(rows: Mapping[int, Record], base: Mapping[int, Record]) -> list[str]:
+    """Cells from the search accuracy to the macs."""
+    search, test = (percent(rows, split) for split in ("search", "test"))
+    gains = differences(rows, base, "test")
+    against = f"{np.mean(gains):+.2f}" if gains else ""
+    macs = f"{np.mean([row['macs_share'] for row in rows.values()]):.3f}"
+    return [f"{np.mean(search):.2f}", f"{np.mean(test):.2f}", interval(test), against, macs]
+
+
+def _by_seed(rows: Mapping[int, Record]) -> str:
+    return ", ".join(f"{100 * row['test_accuracy']:.2f}" for _, row in sorted(rows.items()))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def recorded(settings: Settings) -> list[Record]:
+    """The wanted cells that are recorded."""
+    return [record for cell in settings.cells if (record := known(settings, cell)) is not None]
+
+
+def main(settings: Settings) -> None:
+    """Run what is missing and print the tables."""
+    for cell in () if settings.only_print else settings.cells:
+        made(settings, cell)
+    records = recorded(settings)
+    one = settings.config(settings.cells[0])
+    print(
+        f"{settings.task} at {settings.budget:g} of the macs, before fine-tuning; {one.importance} importance, refit "
+        f"{one.refit}, recalibrated on {one.calibration_images} training images; means over seeds, 95 % t-intervals\n"
+    )
+    print(table(records))
+    print(f"\nagainst {REFERENCE} with the same seed and as many evaluations, points\n")
+    print(paired_table(records))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
