@@ -150,9 +150,7 @@ def _module_inputs(network: nn.Module, example: torch.Tensor) -> dict[str, tuple
 
         return record
 
-    handles = [
-        m.register_forward_pre_hook(hook(name), with_kwargs=True) for name, m in network.named_modules() if name
-    ]
+    handles = [m.register_forward_pre_hook(hook(name), with_kwargs=True) for name, m in network.named_modules() if name]
     try:
         with torch.no_grad():
             network(example)
@@ -190,9 +188,7 @@ def _dependencies(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch_
     return graph
 
 
-def _untraceable(
-    network: nn.Module, name: str, inputs: Mapping[str, tuple[torch.Tensor, ...]]
-) -> dict[str, str]:
+def _untraceable(network: nn.Module, name: str, inputs: Mapping[str, tuple[torch.Tensor, ...]]) -> dict[str, str]:
     """The smallest modules that Torch-Pruning cannot follow, with its error."""
     module = network.get_submodule(name)
     try:

@@ -20,7 +20,7 @@ from prune_env.tasks.dense import recipe
 from prune_env.tasks.networks import make_network
 from prune_env.tasks.training import Hook, TrainingDiverged, TrainSettings, train
 from prune_env.tasks.training.augmentation import augment
-from prune_env.tasks.training.hooks import TrainingState, adam
+from prune_env.tasks.training.hooks import TrainingState, adam, distillation
 from prune_env.tasks.training.memory import keep_freed_memory
 from prune_env.tasks.training.settings import one_cycle
 
@@ -277,6 +277,56 @@ def test_a_training_with_adam_resumes_to_the_same_network(split, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trained("stopped", interrupt)
     assert same(trained("stopped"), trained("whole"))
+
+
+def answering(*rows):
+    """A network with these logits whatever it reads."""
+    network = nn.Linear(1, len(rows[0])).requires_grad_(False)
+    network.forward = lambda x: torch.tensor(rows)
+    return network
+
+
+def test_a_teacher_s_share_of_the_loss_by_hand():
+    three = torch.tensor(3.0).log().item()
+    logits = torch.tensor([[0.0, three]], requires_grad=True)  # a softmax of 1/4, 3/4; the teacher says 3/4, 1/4
+    plain, network = torch.optim.SGD([logits]), nn.Linear(1, 1)
+    state = TrainingState(network, plain, 1, images=torch.ones(1, 1), logits=logits, loss=torch.tensor(0.5))
+    penalty = distillation(answering([three, 0.0]), share=0.5).penalty(state)
+    soft = torch.tensor(4.0).log() - three / 4
+    assert penalty.item() == pytest.approx(0.5 * (soft - 0.5).item())
+    penalty.backward()
+    torch.testing.assert_close(logits.grad, 0.5 * torch.tensor([[1 / 4 - 3 / 4, 3 / 4 - 1 / 4]]))
+    # Twice as warm, logits are halved: a softmax of 1 to the root of 3. The gradient is T (q - p), not (q - p) / T.
+    logits.grad, root = None, 3**0.5
+    distillation(answering([three, 0.0]), share=1, temperature=2).penalty(state).backward()
+    torch.testing.assert_close(logits.grad, 2 * torch.tensor([[1 - root, root - 1]]) / (1 + root))
+
+
+def test_a_student_learns_from_its_teacher_where_labels_say_nothing(split):
+    teacher = make_network("cnn", classes=10, channels=1, side=8)
+    train(teacher, split, settings=settings(epochs=8))
+    teacher.train()
+    before = state_of(teacher)
+    wrong = dataclasses.replace(split, labels=(split.labels + 1) % 10)
+    seen = []
+    watch = Hook(before_step=lambda state: seen.append((state.images.shape, state.labels.shape)))
+    student = make_network("cnn", classes=10, channels=1, side=8, seed=1)
+    train(student, wrong, settings=settings(epochs=8), hooks=[watch, distillation(teacher, share=1)])
+    assert same(state_of(teacher), before)
+    assert teacher.training
+    assert set(seen) == {((64, 1, 8, 8), (64,))}
+    images, labels = split.take(len(split))
+    with torch.no_grad():
+        assert (student(images).argmax(1) == labels).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"share": -0.1}, "share is"), ({"share": 1.1}, "share is"), ({"share": 1, "temperature": 0.0}, "temperature is")],
+)
+def test_a_distillation_that_makes_no_sense_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        distillation(nn.Linear(1, 1), **options)
 
 
 def test_a_penalty_on_the_weights_makes_them_smaller(split):

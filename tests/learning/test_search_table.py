@@ -218,15 +218,15 @@ def test_a_cell_that_is_asked_for_twice_counts_once(folder: Path) -> None:
 def test_seconds_are_those_of_the_evaluations_in_all_logs_of_a_run(tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    for number, times in enumerate([(2.0, 30.0), (4.0,), ()]):
+    for number, times in enumerate([(2000.0, 3000.0), (4000.0,), ()]):
         log = SummaryWriter(str(tmp_path / "tensorboard"), filename_suffix=f".{number}")
         (file,) = (tmp_path / "tensorboard").glob(f"*.{number}")
         begin = file.stat().st_mtime
         for step, seconds in enumerate(times):
             log.add_scalar("search/accuracy", 0.5, step, walltime=begin + seconds)
-        log.add_scalar("final/learned_test_accuracy", 0.5, 0, walltime=begin + 500)
+        log.add_scalar("final/learned_test_accuracy", 0.5, 0, walltime=begin + 5000)
         log.close()
-    assert search_table.search_seconds(tmp_path) == pytest.approx(34.0, abs=1.0)
+    assert search_table.search_seconds(tmp_path) == pytest.approx(7000, abs=100)  # however busy the machine is
     assert search_table.search_seconds(tmp_path / "none") == 0
 
 

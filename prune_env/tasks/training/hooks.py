@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
 
 
@@ -21,6 +24,10 @@ class TrainingState:
         step: Number of the current step, from 0.
         epoch: Number of the current epoch, from 0.
         lr: Learning rate of the current step.
+        images: `[sample, ...]` what the network reads in the current step.
+        labels: `[sample]` their classes.
+        logits: `[sample, class]` what the network made of them, with gradients; from the forward pass on.
+        loss: The loss of these logits, before any penalty; from the forward pass on.
     """
 
     network: nn.Module
@@ -29,6 +36,10 @@ class TrainingState:
     step: int = 0
     epoch: int = 0
     lr: float = 0.0
+    images: Tensor = field(default_factory=partial(torch.empty, 0))
+    labels: Tensor = field(default_factory=partial(torch.empty, 0))
+    logits: Tensor = field(default_factory=partial(torch.empty, 0))
+    loss: Tensor = field(default_factory=partial(torch.empty, 0))
 
 
 def _nothing(state: TrainingState) -> None:
@@ -84,3 +95,34 @@ def adam(parameters: Mapping[str, nn.Parameter], *, share: float, betas: tuple[f
             parameter.grad = None  # SGD passes over it
 
     return Hook(after_backward=step, tensors={**first, **second, "count": count})
+
+
+def distillation(teacher: nn.Module, *, share: float | int, temperature: float | int = 1.0) -> Hook:
+    """A hook that gives a teacher's answers a share in the loss.
+
+    Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network (2015), section 2: the loss becomes
+    `(1 - share) loss + share T^2 CE(softmax(teacher / T), softmax(logits / T))`; `T^2` keeps the size of the gradients.
+
+    Args:
+        teacher: Answers in evaluation mode; it is copied.
+        share: Weight of its answers, in [0, 1].
+        temperature: T, above 0.
+
+    Raises:
+        ValueError: A share or a temperature that is not allowed.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share!r}; a number in [0, 1] is allowed")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature!r}; a number above 0 is allowed")
+    frozen = copy.deepcopy(teacher).eval().requires_grad_(False)
+
+    def penalty(state: TrainingState) -> Tensor:
+        # In the number format of the step: a teacher in float32 would cost more than the network in training.
+        device, lower = state.images.device, state.logits.dtype == torch.bfloat16
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=lower):
+            answers = (frozen.to(device)(state.images).float() / temperature).softmax(1)
+        soft = functional.cross_entropy(state.logits.float() / temperature, answers)
+        return share * (temperature**2 * soft - state.loss)
+
+    return Hook(penalty=penalty)

@@ -179,6 +179,7 @@ class _Run:
         pixels = augment(self.split.pixels(positions), crop=settings.crop, flip=settings.flip, generator=generator)
         images = self.split.normalise(pixels.to(self.device)).contiguous(memory_format=torch.channels_last)
         labels = self.split.labels[positions].to(self.device)
+        state.images, state.labels = images, labels
         state.lr = one_cycle(settings, step=state.step, steps=state.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = state.lr
@@ -188,7 +189,7 @@ class _Run:
         with torch.autocast(self.device.type, DTYPES[settings.dtype], enabled=settings.dtype != "float32"):
             logits = self.network(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
-        value = loss.item()
+        state.logits, state.loss, value = logits, loss, loss.item()
         for hook in self.hooks:
             if hook.penalty is not None:
                 loss = loss + hook.penalty(state)
