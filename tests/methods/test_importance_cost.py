@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 import time
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,14 @@ def test_a_process_that_waits_computes_nothing() -> None:
 
 @pytest.mark.skipif(not importance_cost.RESET.exists(), reason="needs Linux's /proc")
 def test_memory_is_what_a_call_takes_beyond_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.ones(25_000_000)  # 191 MiB, gone again: of no concern to what follows
-    call = lambda: np.ones(12_500_000)  # noqa: E731  95 MiB
-    monkeypatch.setattr(importance_cost, "scoring", lambda criterion, subject: call)
-    assert row(folder, "l1")["mib"] == pytest.approx(95.4, abs=5)
+    def take(mib: int) -> None:
+        # Not from the heap: what an earlier test freed there may still be resident.
+        area = np.frombuffer(mmap.mmap(-1, mib << 20), dtype=np.uint8)
+        area[:] = 1
+
+    take(200)  # and gone again: of no concern to what follows
+    monkeypatch.setattr(importance_cost, "scoring", lambda criterion, subject: lambda: take(100))
+    assert row(folder, "l1")["mib"] == pytest.approx(100, abs=5)
     monkeypatch.setattr(importance_cost, "STATUS", folder / "absent")
     assert row(folder, "l1")["mib"] is None
 

@@ -197,9 +197,10 @@ def test_two_passes_give_what_the_authors_one_batch_gives(name: str) -> None:
 
 def test_features_that_are_rectified_in_place_wait_as_they_were() -> None:
     network = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(inplace=True), nn.Conv2d(3, 2, 1), nn.Flatten())
-    controlled = ControlledNetwork(network, ("0",), control=lambda images: -images, start=0.0).train()
-    x = torch.randn(4, 1, 1, 1)
-    torch.testing.assert_close(controlled(x), network(-x))
+    controlled = ControlledNetwork(network, ("0",), control=lambda images: -images).train()
+    x = torch.randn(8, 1, 1, 1)
+    expected = network[1:](0.5 * network[0](x) + 0.5 * network[0](-x))
+    torch.testing.assert_close(controlled(x), expected)
 
 
 # --- the control -----------------------------------------------------------------------------------------------------
