@@ -172,6 +172,20 @@ def test_each_network_has_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert importance_cost.line(unknown) == "| l1 | 0 | 12.3 | 0.250 | - |"
 
 
+def test_given_weights_are_those_that_are_measured(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, seen = tmp_path / "dense.safetensors", []
+    save_file({name: tensor.contiguous() for name, tensor in task.network.state_dict().items()}, weights)
+
+    def alone(folder: Path, task: Task, criterion: str, settings: Settings) -> dict[str, Any]:
+        seen.append(read(folder, network=task.network_name, classes=10).network.state_dict())
+        return {"network": task.network_name, "criterion": criterion, "images": 0, **COST}
+
+    monkeypatch.setattr(importance_cost, "alone", alone)
+    importance_cost.main(Settings(task="digits-cnn", weights=str(weights), criteria=("l1",), images=4))
+    for name, tensor in task.network.state_dict().items():
+        assert torch.equal(seen[0][name], tensor), name
+
+
 def test_bad_input_is_refused() -> None:
     usual = Settings(task="digits-cnn")
     with pytest.raises(ValueError, match="criterion 'tailor' is unknown; did you mean 'taylor'"):
