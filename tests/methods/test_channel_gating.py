@@ -233,9 +233,15 @@ def test_open_everywhere_it_is_the_dense_network_bit_for_bit(name: str, base: st
 def test_closed_everywhere_it_computes_from_the_base_alone() -> None:
     network, x = build("chain"), example(4)
     gated = attach(network, trace(network, example()), example(), Gating(parts=2))
-    layer = gated.layers[0]
+    gated.calibrate(x)
+    layer, seen = gated.layers[0], []
+    layer.register_forward_hook(lambda module, args, out: seen.append((layer.partial(args[0]), out)))
     with torch.no_grad(), gated.at(torch.inf):
+        nn.init.uniform_(layer.scale)
         closed = gated(x)
+        (partial, out), norm = seen[0], layer.base_norm
+        expected = nn.functional.batch_norm(partial, norm.running_mean, norm.running_var, layer.scale, layer.shift)
+        torch.testing.assert_close(out, expected)
         layer.convolution.weight.mul_(layer.base[:, :, None, None])
         layer.full_norm.weight.normal_()  # BN_2 is not asked
         assert torch.equal(gated(x), closed)
