@@ -32,6 +32,8 @@ class Settings:
 
     weights: Path | None = None
     """File with the dense weights."""
+    epochs: int | None = None
+    """Epochs of a training without weights; none takes the usual number."""
     root: Path | None = None
     """Data root; without it `$PRUNE_ENV_DATA` or the user's cache."""
     criteria: tuple[str, ...] = ("l1", "l2", "geometric_median")
@@ -76,7 +78,9 @@ def row(task: Task, criterion: str, cut: float) -> list[str]:
 def main(settings: Settings) -> None:
     """Measure everything and print the table."""
     torch.set_num_threads(settings.threads)
-    task = prune_env.make_task("fashion-mnist-lenet300100", weights=settings.weights, root=settings.root)
+    task = prune_env.make_task(
+        "fashion-mnist-lenet300100", weights=settings.weights, epochs=settings.epochs, root=settings.root
+    )
     show(
         f"LeNet-300-100 on Fashion-MNIST, test accuracy in %: {base(task):.2f} whole (published 89.80)",
         ["criterion", "cut", "pruned", "published", "merged", "published", "gain"],

@@ -30,7 +30,7 @@ from baselines.neuron_merging import (
     repair_by,
     scaled_to_unit,
 )
-from benchmarks import merging_table
+from benchmarks import merging_table, merging_widths
 from prune_env.config import make_problem
 from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.importance import IMPORTANCES, score
@@ -271,6 +271,16 @@ def test_the_criteria_count_the_bias_of_a_neuron_unless_a_norm_follows() -> None
 def test_the_method_says_what_it_is() -> None:
     assert METHODS["neuron_merging"] is NEURON_MERGING
     assert "2010.13160" in NEURON_MERGING.paper
+
+
+def test_the_table_of_widths_prunes_and_merges_the_same_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = own_task("residual")
+    channels = [group.channels for group in trace(task.network, task.example).groups]
+    monkeypatch.setitem(WIDTHS, task.name, tuple(count // 2 for count in channels))
+    found = merging_widths.measure(task, criterion="l1", recalibrate=False)
+    assert found["pruned"].params == found["merged"].params < prune_env.count_params(task.network)
+    assert merging_widths.METHODS_AT_WIDTHS["merged"].repair is NEURON_MERGING.repair
+    assert len(merging_widths.row(task, "l1")) == 6
 
 
 @pytest.mark.slow
