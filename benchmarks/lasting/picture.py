@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -23,7 +24,7 @@ Taus = Mapping[float, Sequence[tuple[Candidate, Estimate]]]
 def figure(
     title: str, taus: Taus, *, fronts: Mapping[float, Sequence[str]], ceilings: Mapping[float, float | None]
 ) -> Figure:
-    """All scores, their intervals, and the names of those that no cheaper one beats.
+    """All scores, their intervals, and numbers, with names, at those that no cheaper one beats.
 
     Args:
         title: The takeaway.
@@ -37,9 +38,10 @@ def figure(
         _panel(panel, some, front=fronts[budget], ceiling=ceilings[budget])
         panel.set_title(f"{budget:g} of the macs", fontsize=10)
     axes[0].set_ylabel("Kendall's tau-b with accuracy after fine-tuning (95 % interval)")
-    handles = {
-        label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
+    handles: dict[str, Artist] = {}
+    for panel in axes:
+        found, labels = panel.get_legend_handles_labels()
+        handles |= dict(zip(labels, found, strict=True))
     drawn.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     drawn.suptitle(title, fontsize=11)
     return drawn
@@ -63,16 +65,15 @@ def _panel(
     ends = [[max(tau.value - tau.low, 0) for _, tau in best], [max(tau.high - tau.value, 0) for _, tau in best]]
     axes.errorbar(x, y, yerr=ends, fmt="none", ecolor="#444444", elinewidth=0.8, capsize=2, zorder=2)
     axes.step(x, y, where="post", color="#444444", linewidth=0.8, zorder=1)
-    for number, name in enumerate(front):
-        axes.annotate(
-            name,
-            (x[number], y[number]),
-            xytext=(4, 5 if number % 2 else -11),
-            textcoords="offset points",
-            fontsize=7,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.4},
-            zorder=4,
-        )
+    for number, place in enumerate(zip(x, y, strict=True)):
+        look = {"fontsize": 8, "fontweight": "bold", "zorder": 5}
+        axes.annotate(str(number + 1), place, xytext=(5, 4), textcoords="offset points", **look)
+    # Names beside the points would cover each other: the frontier is steep where scores cost about the same.
+    key = "\n".join(f"{number + 1}  {name}, {y[number]:.2f}" for number, name in enumerate(front))
+    box = {"facecolor": "white", "edgecolor": "#cccccc", "alpha": 0.85, "pad": 3}
+    axes.text(
+        0.98, 0.02, key, transform=axes.transAxes, ha="right", va="bottom", ma="left", fontsize=7, bbox=box, zorder=6
+    )
     axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.set(xlabel=f"CPU seconds for one plan, one thread (those below {FREE:g} stand there)", ylim=(-1.05, 1.05))

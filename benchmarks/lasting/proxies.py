@@ -63,8 +63,9 @@ def grasp(network: nn.Module, images: Images, labels: Labels) -> float:
 def synflow(network: nn.Module, images: Images, labels: Labels) -> float:
     """Logarithm of the sum over weights of w dR/dw, R the sum of what all-ones make of the weights without signs.
 
-    Tanaka et al., SynFlow (NeurIPS 2020, arXiv 2006.05467), equation 2; float64. BatchNorm only scales here: shifts and
-    biases are 0, so that R is the sum over paths of the product of their weights. Of the images, only the shape is read.
+    Tanaka et al., SynFlow (NeurIPS 2020, arXiv 2006.05467), equation 2; float64. BatchNorm only scales here: shifts
+    and biases are 0, so that R is the sum over paths of the product of their weights. Of the images, only the shape is
+    read.
     """
     linear = copy.deepcopy(network).double().eval()
     with torch.no_grad():
@@ -82,7 +83,7 @@ def synflow(network: nn.Module, images: Images, labels: Labels) -> float:
 
 
 def naswot(network: nn.Module, images: Images, labels: Labels) -> float:
-    """log |det K|, K[i, j] = how many rectifiers are both on or both off for images i and j.
+    """Logarithm of |det K|, K[i, j] = how many rectifiers are both on or both off for images i and j.
 
     Mellor et al., Neural Architecture Search without Training (ICML 2021, arXiv 2006.04647), equations 2 and 3.
     """
@@ -111,7 +112,7 @@ def jacobian_covariance(network: nn.Module, images: Images, labels: Labels) -> f
 
 
 def zen(network: nn.Module, images: Images, labels: Labels) -> float:
-    """log of how far the last rectified maps of x and x + alpha e are apart, plus what BatchNorm took away on the way.
+    """Log of how far the last rectified maps of x and x + alpha e are apart, plus what BatchNorm took away before them.
 
     Lin et al., Zen-NAS (ICCV 2021, arXiv 2102.01063), algorithm 1: weights, x and e from N(0, 1), BatchNorm with the
     batch's statistics, to whose scale each of them adds log sqrt(mean variance). Averaged over seeded draws. We keep

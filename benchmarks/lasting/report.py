@@ -109,7 +109,7 @@ def section(settings: Settings, table: Table, rows: Sequence[Judged]) -> str:
 
 def to_win(spread: Spread) -> str:
     """What there is to win, and how much of it is noise."""
-    span = f"{100 * spread.low:.2f} to {100 * spread.high:.2f} %"
+    span = f"{100 * spread.low:.2f} and {100 * spread.high:.2f} %"
     text = f"After fine-tuning, {spread.plans} plans lie between {span}, with a standard deviation of "
     text += f"{100 * spread.deviation:.2f} points. "
     if not spread.noise:
@@ -129,8 +129,8 @@ def confirmation(table: Table, best: Judged) -> str:
     chosen, top = int(best.candidate.values.argmax()), int(table.truth.argmax())
     uniform = [i for i, name in enumerate(table.plans) if name.endswith("uniform-l1-none")]
     text = (
-        f"On the test split: the truth's ranking agrees with tau-b {tau(table.truth, table.test):.2f}; the best plan of "
-        f"`{best.candidate.name}` ({table.plans[chosen]}) has {test[chosen]:.2f} %, the truth's best "
+        f"On the test split: the truth's ranking agrees with tau-b {tau(table.truth, table.test):.2f}; the best plan "
+        f"of `{best.candidate.name}` ({table.plans[chosen]}) has {test[chosen]:.2f} %, the truth's best "
         f"({table.plans[top]}) {test[top]:.2f} %"
     )
     return text + "".join(f", uniform l1 {test[i]:.2f} %" for i in uniform) + "."
