@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from agents.cli import INTERRUPTED, guarded, parse
-from benchmarks.lasting import plans, report, scores, truth
+from benchmarks.lasting import plans as plan_recipes
+from benchmarks.lasting import report, scores, truth
 from benchmarks.lasting.short import Short
 from benchmarks.lasting.study import Job, Settings, Study, make_all
 from prune_env.tasks.progress import progress_bar
@@ -43,6 +44,7 @@ class Arguments(Settings):
         super().__post_init__()
         if self.again < 0:
             raise ValueError(f"again is {self.again}; 0 or more is allowed")
+        plan_recipes.check_names(self.plans)
         for text in self.short:
             Short.parse(text)
 
@@ -60,8 +62,9 @@ def run(arguments: Arguments) -> int:
         OSError: Missing data, or a folder that cannot be written.
     """
     torch.set_num_threads(1)
+    study = Study(arguments.settings, arguments.out)
     with progress_bar("lasting") as tell:
-        study = Study(arguments.settings, arguments.out, tell)
+        study = replace(study, progress=tell)
         for stage in ("plans", "truth", "scores"):
             if stage in arguments.stage:
                 make_all(_jobs(stage, study, arguments), told=tell)
@@ -72,7 +75,7 @@ def run(arguments: Arguments) -> int:
 
 def _jobs(stage: str, study: Study, arguments: Arguments) -> list[Job]:
     if stage == "plans":
-        return plans.jobs(study, only=arguments.plans)
+        return plan_recipes.jobs(study, only=arguments.plans)
     if stage == "truth":
         return truth.jobs(study, again=arguments.again)
     return scores.jobs(study, tuple(Short.parse(text) for text in arguments.short))

@@ -8,10 +8,12 @@ from functools import partial
 
 import numpy as np
 
+from agents.config import unknown
 from baselines import METHODS, allocate
 from baselines.allocate import Counts
 from baselines.method import Case, Method, case_of, plan_of
 from baselines.search import Searched
+from baselines.trials import EVALUATIONS
 from benchmarks.lasting.study import Job, Record, Study, save, timed
 
 PAIRS = (("l1", "none"), ("l1", "refit"), ("second_order", "none"), ("second_order", "refit"))
@@ -93,21 +95,27 @@ def jobs(study: Study, *, only: tuple[str, ...] = ()) -> list[Job]:
 
     Args:
         study: The study.
-        only: Names of recipes; all by default.
+        only: Names of recipes, for every budget; by default all at the first budget and the core at the others.
+    """
+    made_of = recipes(study.settings.evaluations)
+    return [
+        _job(study, one, budget)
+        for at, budget in enumerate(study.settings.budgets)
+        for one in made_of
+        if ((one.name in only) if only else (at == 0 or one.core))
+    ]
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """Refuse names that are no recipe's.
 
     Raises:
-        ValueError: There is no such recipe.
+        ValueError: Names the closest.
     """
-    known = {one.name: one for one in recipes(study.settings.evaluations)}
-    for name in only:
+    known = [one.name for one in recipes(EVALUATIONS)]
+    for name in names:
         if name not in known:
-            raise ValueError(f"plan {name!r} is unknown; allowed: {', '.join(known)}")
-    found = []
-    for at, budget in enumerate(study.settings.budgets):
-        for one in known.values():
-            if (one.name in only) if only else (at == 0 or one.core):
-                found.append(_job(study, one, budget))
-    return found
+            raise ValueError(unknown("plan", name, known))
 
 
 def _job(study: Study, recipe: Recipe, budget: float) -> Job:

@@ -37,11 +37,11 @@ def train_steps(
         device: Where to train.
 
     Raises:
-        ValueError: No steps, or a split of fewer than two images.
+        ValueError: No steps, or an empty split.
         TrainingDiverged: The loss became NaN or Inf; the network is as it was.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; 1 or more is allowed")
-    size = min(settings.batch_size, len(split))
-    shown = split.at(torch.arange(steps * size) % max(len(split), 1))
+    if steps < 1 or not len(split):
+        raise ValueError(f"steps is {steps}, with {len(split)} training images; 1 or more of both is allowed")
+    size = max(min(settings.batch_size, len(split)), 2)
+    shown = split.at(torch.arange(steps * size) % len(split))
     return train(network, shown, settings=replace(settings, epochs=1, batch_size=size), hooks=hooks, device=device)
