@@ -95,7 +95,9 @@ class Study:
             ValueError: The folder holds records under other settings.
             OSError: It cannot be written.
         """
-        file, own = self.folder / "study.json", json.loads(json.dumps(dataclasses.asdict(self.settings)))
+        file, own = self.folder / "study.json", dataclasses.asdict(self.settings)
+        # Plans of one budget know nothing of the others: a study may grow by budgets.
+        del own["budgets"]
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".study.lock"):
             if not file.exists():
@@ -158,8 +160,10 @@ class Study:
         return self.folder / kind / f"{name}.json"
 
     def plans(self) -> list[Record]:
-        """The plans that are made, by name."""
-        return list(records(self.folder / "plans"))
+        """The plans that are made, budget by budget, in the order of their names."""
+        budgets = self.settings.budgets
+        made = [plan for plan in records(self.folder / "plans") if plan["budget"] in budgets]
+        return sorted(made, key=lambda plan: budgets.index(plan["budget"]))
 
 
 def read(file: Path) -> Record:

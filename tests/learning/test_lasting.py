@@ -81,8 +81,9 @@ def test_a_study_has_forty_plans_and_half_of_them_at_every_other_budget(study: S
     assert len({one.name for one in recipes}) == len(recipes) == 40
     assert sum(one.core for one in recipes) == 20
     assert {one.allocate.evaluations for one in recipes if one.name.startswith("cem")} == {7}
-    both = Study(dataclasses.replace(TINY, budgets=(0.5, 0.35)), study.folder / "both")
+    both = Study(dataclasses.replace(TINY, budgets=(0.5, 0.35)), study.folder)
     assert len(plans.jobs(both)) == 60
+    assert both.plans() == study.plans(), "a study may grow by budgets"
 
 
 def test_late_plans_keep_more_of_late_groups(study: Study) -> None:
