@@ -58,7 +58,7 @@ class Table:
 
     Attributes:
         budget: Share of the macs.
-        plans: Names of the plans that have a truth and scores.
+        plans: Names of the plans that have a truth and all scores.
         truth: `[plan]` accuracy on the truth images after fine-tuning, mean over seeds.
         test: `[plan]` the same on the test split.
         candidates: The scores that all of these plans have.
@@ -87,7 +87,9 @@ def tables(folder: Path, settings: Settings) -> list[Table]:
     found = []
     for budget in settings.budgets:
         names = [name for name, plan in plans.items() if plan["budget"] == budget and 0 in truths.get(name, {})]
-        both = [name for name in names if name in scored]
+        # A record that is being made would leave all other plans with the few scores that it has.
+        most = max((len(scored[name]) for name in names if name in scored), default=0)
+        both = [name for name in names if name in scored and len(scored[name]) == most]
         if len(both) >= 3:
             seeds = [
                 {name: truths[name][seed]["truth_accuracy"] for name in names if seed in truths[name]}

@@ -293,6 +293,15 @@ def test_candidates_are_what_all_plans_have_with_their_cost(invented: Path) -> N
     assert table.truth == pytest.approx([0.901, 0.911, 0.921, 0.931, 0.941])
 
 
+def test_a_plan_whose_scores_are_under_way_does_not_take_those_of_the_others(invented: Path) -> None:
+    file = invented / "scores" / "0.5-b.json"
+    save(file, {"plan": "0.5-b", "families": {"cut": families(1)["cut"]}})
+    (table,) = tables(invented, TINY)
+    assert table.plans == ("0.5-a", "0.5-c", "0.5-d", "0.5-uniform-l1-none")
+    assert "20@0.02 accuracy" in {one.name for one in table.candidates}
+    assert table.spread.plans == 5, "its truth is known"
+
+
 def test_the_report_says_what_there_is_to_win_and_who_sees_it(invented: Path) -> None:
     text = report.write_report(invented, TINY)
     # Seeds differ by .002, so one fine-tuning is .0014 from its plan's mean; plans deviate by .0158.
