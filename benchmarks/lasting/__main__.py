@@ -33,12 +33,11 @@ class Arguments(Settings):
     """Folder of the records."""
     plans: tuple[str, ...] = ()
     """Names of plans, at every budget; by default all at the first budget and the core at the others."""
-    again: int = 6
+    again: int = 8
     """Every plan of this many is fine-tuned from a second seed; 0 for none."""
-    short: tuple[str, ...] = (
-        "20@.01", "20@.02", "20@.05", "50@.01", "50@.02", "50@.05", "100@.02", "100@.05", "300@.05",
-    )  # fmt: skip
-    """Short trainings that are scores, as STEPS@LR; each is measured at the steps of the shorter ones, too."""
+    short: tuple[str, ...] = ("20@.01", "20@.02", "20@.05", "50@.02", "50@.05", "100@.05", "300@.05")
+    """Short trainings that are scores, as STEPS@LR; each is measured at the steps of the shorter ones, too.
+    Records are filled up when more are asked for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

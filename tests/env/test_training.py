@@ -18,7 +18,7 @@ from torch import nn
 from prune_env.tasks.datasets import load_splits
 from prune_env.tasks.dense import recipe
 from prune_env.tasks.networks import make_network
-from prune_env.tasks.training import Hook, TrainingDiverged, TrainSettings, train, train_steps
+from prune_env.tasks.training import Hook, TrainingDiverged, TrainSettings, train
 from prune_env.tasks.training.augmentation import augment
 from prune_env.tasks.training.hooks import TrainingState, adam, distillation
 from prune_env.tasks.training.memory import keep_freed_memory
@@ -397,48 +397,3 @@ def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch, answer):
     assert [name for name, _ in asked] == [-3, -1]
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
     assert keep_freed_memory() is False
-
-
-def test_short_training_is_one_cycle_of_that_many_steps(split):
-    seen = []
-    hook = Hook(after_step=lambda state: seen.append((state.step, state.steps, state.lr)))
-    train_steps(make_network("cnn", classes=10, channels=1, side=8), split, steps=5, settings=settings(), hooks=[hook])
-    cycle = [one_cycle(settings(), step=step, steps=5) for step in range(5)]
-    assert seen == [(step, 5, lr) for step, lr in enumerate(cycle)]
-
-
-def test_short_training_repeats_itself_and_shows_every_network_the_same(split):
-    networks = [make_network("cnn", classes=10, channels=1, side=8, seed=seed) for seed in (0, 0, 1)]
-    shown = [[], [], []]
-    for network, images in zip(networks, shown, strict=True):
-        hook = Hook(before_step=lambda state, images=images: images.append(state.images.clone()))
-        train_steps(network, split, steps=3, settings=settings(), hooks=[hook])
-    assert same(state_of(networks[0]), state_of(networks[1]))
-    assert all(torch.equal(one, other) for one, other in zip(shown[0], shown[2], strict=True))
-    assert not networks[0].training
-
-
-def test_short_training_begins_again_where_the_images_run_out(split):
-    few = split.at(torch.arange(10))
-    labels = []
-    hook = Hook(before_step=lambda state: labels.append(state.labels))
-    network = make_network("cnn", classes=10, channels=1, side=8)
-    train_steps(network, few, steps=3, settings=settings(batch_size=64, crop=0), hooks=[hook])
-    assert [len(batch) for batch in labels] == [10, 10, 10]
-    assert torch.cat(labels).bincount().tolist() == (3 * few.labels.bincount()).tolist()
-
-
-def test_short_training_refuses_what_it_cannot_do(split):
-    network = make_network("cnn", classes=10, channels=1, side=8)
-    with pytest.raises(ValueError, match="steps is 0, with"):
-        train_steps(network, split, steps=0, settings=settings())
-    with pytest.raises(ValueError, match="with 0 training images"):
-        train_steps(network, split.at(torch.arange(0)), steps=1, settings=settings())
-
-
-def test_images_of_a_split_make_a_split(split):
-    positions = torch.tensor([7, 3, 7])
-    part = split.at(positions)
-    assert len(part) == 3
-    assert torch.equal(part.labels, split.labels[positions])
-    assert torch.equal(part.pixels(torch.arange(3)), split.pixels(positions))
