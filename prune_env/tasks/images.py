@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -123,6 +123,10 @@ class Split:
     def pixels(self, positions: Int64[Tensor, " m"]) -> UInt8[Tensor, "m c h w"]:
         """Raw bytes of the images at these positions of the split."""
         return self.images.pixels(self.indices[positions])
+
+    def at(self, positions: Int64[Tensor, " m"]) -> Split:
+        """The images at these positions as a split of its own; a position may come more than once."""
+        return replace(self, indices=self.indices[positions], labels=self.labels[positions])
 
     def take(self, count: int) -> tuple[Float[Tensor, "m c h w"], Int64[Tensor, " m"]]:
         """The first `count` images, normalised, and their labels (all there are, if fewer).

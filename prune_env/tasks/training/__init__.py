@@ -6,5 +6,6 @@
 from prune_env.tasks.training.hooks import Hook, TrainingState
 from prune_env.tasks.training.loop import TrainingDiverged, TrainReport, train
 from prune_env.tasks.training.settings import TrainSettings
+from prune_env.tasks.training.short import train_steps
 
-__all__ = ["Hook", "TrainReport", "TrainSettings", "TrainingDiverged", "TrainingState", "train"]
+__all__ = ["Hook", "TrainReport", "TrainSettings", "TrainingDiverged", "TrainingState", "train", "train_steps"]
