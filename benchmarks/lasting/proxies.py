@@ -32,7 +32,7 @@ RECTIFIERS = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 def gradient_norm(network: nn.Module, images: Images, labels: Labels) -> float:
     """Sum over parameters of the Euclidean norm of the loss's gradient.
 
-    Abdelfattah et al., Zero-Cost Proxies for Lightweight NAS (ICLR 2021, arXiv 2101.08134), section 3.2.
+    Abdelfattah et al., Zero-Cost Proxies for Lightweight NAS (ICLR 2021, arXiv 2101.08134).
     """
     return float(sum(g.norm() for g in _gradients(network, images, labels)))
 
@@ -40,8 +40,8 @@ def gradient_norm(network: nn.Module, images: Images, labels: Labels) -> float:
 def snip(network: nn.Module, images: Images, labels: Labels) -> float:
     """Sum of |w dL/dw|.
 
-    Lee et al., SNIP (ICLR 2019, arXiv 1810.02340), equation 6 before its normalisation, summed as in Abdelfattah et
-    al. 2021, equation 1.
+    Lee et al., SNIP (ICLR 2019, arXiv 1810.02340), the connection sensitivity before its normalisation, summed as
+    in Abdelfattah et al. 2021.
     """
     pairs = zip(network.parameters(), _gradients(network, images, labels), strict=True)
     return float(sum((w.detach() * g).abs().sum() for w, g in pairs))
@@ -50,8 +50,7 @@ def snip(network: nn.Module, images: Images, labels: Labels) -> float:
 def grasp(network: nn.Module, images: Images, labels: Labels) -> float:
     """Sum of -w (H g): how much the weights together add to the gradient's flow.
 
-    Wang et al., GraSP (ICLR 2020, arXiv 2002.07376), equation 8, without its temperature; summed as in Abdelfattah et
-    al. 2021, equation 1.
+    Wang et al., GraSP (ICLR 2020, arXiv 2002.07376), without its temperature; summed as in Abdelfattah et al. 2021.
     """
     weights = list(network.parameters())
     first = _gradients(network, images, labels, differentiable=True)
@@ -63,7 +62,7 @@ def grasp(network: nn.Module, images: Images, labels: Labels) -> float:
 def synflow(network: nn.Module, images: Images, labels: Labels) -> float:
     """Logarithm of the sum over weights of w dR/dw, R the sum of what all-ones make of the weights without signs.
 
-    Tanaka et al., SynFlow (NeurIPS 2020, arXiv 2006.05467), equation 2; float64. BatchNorm only scales here: shifts
+    Tanaka et al., SynFlow (NeurIPS 2020, arXiv 2006.05467), the R_SF objective; float64. BatchNorm only scales here: shifts
     and biases are 0, so that R is the sum over paths of the product of their weights. Of the images, only the shape is
     read.
     """
@@ -85,7 +84,7 @@ def synflow(network: nn.Module, images: Images, labels: Labels) -> float:
 def naswot(network: nn.Module, images: Images, labels: Labels) -> float:
     """Logarithm of |det K|, K[i, j] = how many rectifiers are both on or both off for images i and j.
 
-    Mellor et al., Neural Architecture Search without Training (ICML 2021, arXiv 2006.04647), equations 2 and 3.
+    Mellor et al., Neural Architecture Search without Training (ICML 2021, arXiv 2006.04647).
     """
     agreed = torch.zeros(len(images), len(images), dtype=torch.float64)
 
@@ -101,7 +100,7 @@ def naswot(network: nn.Module, images: Images, labels: Labels) -> float:
 def jacobian_covariance(network: nn.Module, images: Images, labels: Labels) -> float:
     """-sum (log(v + k) + 1 / (v + k)) over the eigenvalues v of the correlations between the images' Jacobians.
 
-    Mellor et al., first version of arXiv 2006.04647, equation 4; a Jacobian is that of the summed outputs.
+    Mellor et al., first version of arXiv 2006.04647; a Jacobian is that of the summed outputs.
     """
     inputs = images.clone().requires_grad_(True)
     (jacobian,) = torch.autograd.grad(network(inputs).sum(), inputs)
