@@ -12,19 +12,18 @@ threshold that `channel_grda.closed_form` would aim at: a guess from sizes, whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from baselines.channel_grda import bundles, closed_form, norms
-from baselines.potential import Curve, Vector
+from baselines.method import Scores
+from baselines.potential import Curve
 from prune_env.envs.dynamics import Problem
 
 SHARE, MU, TARGET = 0.4, 0.55, "scales"
 """Share of all channels below the threshold, growth of the threshold, what is thresholded: the extension's defaults."""
 
 
-def free_shares(there: Mapping[str, Vector], *, share: float = SHARE) -> dict[str, float]:
+def free_shares(there: Scores, *, share: float = SHARE) -> dict[str, float]:
     """The share q of each group.
 
     Args:

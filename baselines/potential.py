@@ -20,7 +20,7 @@ from prune_env.envs.dynamics import Problem, State
 from prune_env.pruning.graph import Group
 
 Vector = Float64[np.ndarray, " channel"]
-Curve = Float64[np.ndarray, " count"]
+Curve = Float64[np.ndarray, " _"]
 """What a group is worth with 0, 1, ..., all of its channels; larger is better, in any unit."""
 Evidence = Callable[[Problem], Mapping[str, Curve]]
 """A paper's curves by group name; of a group that is not named the paper knows nothing."""

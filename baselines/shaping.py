@@ -138,7 +138,7 @@ class PotentialShaping(gymnasium.Wrapper):
         ValueError: A discount outside (0, 1], or a paper that has nothing to say about this network.
     """
 
-    def __init__(self, env: gymnasium.Env, shaping: Shaping, *, discount: float) -> None:
+    def __init__(self, env: gymnasium.Env, shaping: Shaping, *, discount: int | float) -> None:
         super().__init__(env)
         if not 0 < discount <= 1:
             raise ValueError(f"discount is {discount!r}; the agent's, in (0, 1], is allowed")

@@ -16,7 +16,6 @@ from baselines.method import case_of
 from baselines.neuron_merging import cosines
 from prune_env.config import make_problem
 from prune_env.envs.dynamics import Problem
-from prune_env.pruning.plan import Plan
 from prune_env.pruning.tracing import trace
 from tests.env.graphs import traced
 from tests.env.small_networks import NETWORKS, build
