@@ -198,10 +198,10 @@ def epsilons(problem: Problem, counts: Counts, *, shares: Shares = summed) -> Fl
 
 
 def error_bounds(problem: Problem) -> dict[str, Curve]:
-    """For shaping: -log(1 + epsilon) of each group by count, the sum of which bounds a network's error in logarithms.
+    """For shaping: -log(1 + epsilon) of each group by count; relative errors of layers multiply, so logarithms add up.
 
-    An extension, not in the paper. The sensitivities are those of the dense network, as in the paper; epsilon is that
-    of the most sensitive channels, whichever ones the environment's importance keeps.
+    An extension, not in the paper. The sensitivities are those of the dense network, as in the paper; epsilon goes by
+    how many channels are kept (`ErrorBound.epsilon`), whichever ones the environment's importance keeps.
     """
     return {name: -np.log1p(bound.epsilon) for name, bound in bounds(problem).items()}
 
