@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from agents.config import TrainConfig, unknown
 from agents.episode import Episode
@@ -33,6 +34,8 @@ from prune_env.files import write
 
 NONE = "none"
 """The row without a shaper, which all others are compared with, seed by seed."""
+FEWEST = 3
+"""Seeds of which a verdict is made: intervals of few runs are too narrow, and one in twenty misses by chance."""
 FACTS = ("task", "algorithm", "shape", "episodes", "budget", "importance", "refit", "recalibrate", "seed")
 """Fields of a run that its record repeats under the same name."""
 HEADS = (
@@ -182,7 +185,7 @@ class Row:
     @property
     def gains(self) -> np.ndarray:
         """`[seed, 1]` mean of the curve over that without a shaper, points."""
-        return self.curves.mean(-1) - 100 * np.array([record["best"] for record in self.plain]).mean(-1)[:, None]
+        return (self.curves - Row(NONE, self.plain, self.plain).curves).mean(-1)
 
     @property
     def reached(self) -> np.ndarray:
@@ -243,8 +246,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """What the table says in one line: whose gain has an interval on one side of zero."""
-    ends = {row.shaper: bootstrap(row.gains) for row in rows if row.shaper != NONE and len(row.records) > 1}
+    """What the table says in one line: whose gain has an interval on one side of zero, of three seeds or more."""
+    ends = {row.shaper: bootstrap(row.gains) for row in rows if row.shaper != NONE and len(row.records) >= FEWEST}
     faster = [name for name, (low, _) in ends.items() if low > 0]
     slower = [name for name, (_, high) in ends.items() if high < 0]
     told = [f"{what} with {', '.join(names)}" for what, names in (("faster", faster), ("slower", slower)) if names]
@@ -270,6 +273,7 @@ def figure(title: str, rows: Sequence[Row]) -> Figure:
             axes.fill_between(at, low, high_end, step="post", color=colour, alpha=0.22, linewidth=0)
             axes.step(at, interquartile_mean(curves), where="post", color=colour, linewidth=1.7, label=name)
         axes.set_title(f"{row.shaper}\n{said(row.gains, form='+.1f')} points", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7, loc="lower right")
     for axes in panels[len(shaped) :]:

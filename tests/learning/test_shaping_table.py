@@ -132,7 +132,16 @@ def test_the_table_by_hand() -> None:
         "| 40.00 (40.00 to 40.00) | 50.00 (50.00 to 50.00) | 75.00 (70.00 to 80.00) | 90.00, 80.00 |"
     )
     assert " | > 3 (> 3 to > 3) | 0 of 2 | " in lines[2]
-    assert verdict(rows_of(HAND)) == "faster with scop; slower with importance"
-    assert verdict(rows_of(HAND[:2])) == "no shaper makes a difference beyond the seeds"
+
+
+def test_a_verdict_needs_seeds_and_a_difference() -> None:
+    third = [{**one, "seed": 3} for one in HAND if one["seed"] == 0]
+    assert verdict(rows_of([*HAND, *third])) == "faster with scop; slower with importance"
+    same = [{**one, "shaper": "scop"} for one in [*HAND, *third] if one["shaper"] == NONE]
+    for few in (HAND, [*HAND[:2], third[0], *same]):
+        assert verdict(rows_of(few)) == "no shaper makes a difference beyond the seeds"
+
+
+def test_what_is_said_of_one_seed_and_of_none() -> None:
     assert said(np.array([[1.5]])) == "1.50"
     assert shaping_table.table([]).count("\n") == 1
