@@ -136,7 +136,7 @@ def test_every_network_has_costs_leaders_and_residuals(name: str) -> None:
         assert (costs >= 0).all()
         assert np.argmax(leaders) == np.argmax(found[group.name].strength)
         order = np.argsort(-costs)
-        residuals = [found[group.name].residual(order[:count]) for count in range(1, group.channels + 1)]
+        residuals = [found[group.name].residual(order[:count].tolist()) for count in range(1, group.channels + 1)]
         assert found[group.name].residuals(order)[1:] == pytest.approx(residuals, abs=1e-12)
 
 
