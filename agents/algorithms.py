@@ -12,7 +12,8 @@ What a search of 200 episodes needs is not what a million steps of control need;
 - **Credit**: the dynamics are deterministic, gamma is 1 and only the last step pays, so every transition is stored
   with its episode's return and as final. The critic is a regression on returns: nothing is bootstrapped, hence nothing
   is counted twice (AMC writes the final reward to each transition *and* bootstraps).
-- **Returns are normalised by hand**: 0 is the uniform plan, 1 the dense network.
+- **Returns are normalised by hand**: 0 is the uniform plan, 1 the dense network. What a shaper pays (`--shape`) is
+  added in these units: all that it pays from a step on, or in PPO and AMC step by step.
 - **Imitation**: after each round the actor also takes a few steps toward the actions of the best episodes
   (self-imitation, Oh et al. 2018), so that the deterministic policy ends where the search found its best plans.
 

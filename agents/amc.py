@@ -145,13 +145,17 @@ class AmcLearner(OffPolicy):
         """Store and update in turns."""
         for i in range(self.stored, len(memory)):
             learning = memory.episodes[i].phase == LEARNING
-            for step in range(len(memory.trajectories[i].taken)):
-                self.store(memory.trajectories[i], step, float(returns[i]))
+            for step, paid in enumerate(self.rewards(memory.trajectories[i], float(returns[i])).tolist()):
+                self.store(memory.trajectories[i], step, paid)
                 if learning:
                     self.model.train(self.algorithm.gradient_steps, self.model.batch_size)
             self.stored = i + 1
         said = logged(self.model)
         return {**said, "train/baseline": float(self.model.baseline)} if said else {}
+
+    def rewards(self, trajectory: Trajectory, value: float) -> np.ndarray:
+        """The whole reward at each step, as published, and what a shaper pays there: the critic bootstraps the rest."""
+        return value + trajectory.shaping
 
     def store(self, trajectory: Trajectory, step: int, paid: float) -> None:
         """Add a step to the replay: what the actor asked for, not what the budget made of it."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from agents.algorithms import ALGORITHMS
+from baselines.shaping import Shaping
 from prune_env.config import EnvConfig
 from prune_env.tasks.dense import parse_name
 
@@ -60,6 +61,10 @@ class TrainConfig:
     """Training images for recalibration, refit and data-driven importance."""
     algorithm: str = "td3"
     """Who learns: ddpg, td3, sac, tqc or ppo; amc (scaled down) or amc_paper, with defaults of their own."""
+    shape: str | None = None
+    """Shaper, NAME[:WEIGHT[:EPISODES]]: a paper's potential on the way to the reward, in units of what is learned from;
+    with EPISODES it fades to zero over so many. Names: importance, polarization, scop, provable_filter_pruning,
+    directional_pruning, neuron_merging, channel_gating."""
     episodes: int = 200
     """Networks that are cut and measured."""
     warm_up: int | None = None
@@ -94,6 +99,7 @@ class TrainConfig:
                 _integer(name, getattr(self, name), least)
         if not 0 < self.fine_tune_lr < float("inf"):
             raise ValueError(f"fine_tune_lr is {self.fine_tune_lr}; a finite number above 0 is allowed")
+        self.shaping()
         self.env()  # every field of the environment is checked there
 
     @classmethod
@@ -123,6 +129,14 @@ class TrainConfig:
         inner = {"task", "network", "weights", "normalise", "seed", "epochs"}
         return EnvConfig.of(**{name: getattr(self, name) for name in sorted(outer | inner)})
 
+    def shaping(self) -> Shaping | None:
+        """The shaper, if there is one.
+
+        Raises:
+            ValueError: An unknown name (says the closest), or a number that is not allowed.
+        """
+        return None if self.shape is None else Shaping.parse(self.shape)
+
     @property
     def guided(self) -> int:
         """Episodes of the warm-up."""
@@ -132,8 +146,9 @@ class TrainConfig:
     def name(self) -> str:
         """Name of the run folder."""
         whole = self.task if self.network is None else f"{self.task}-{self.network}"
-        plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in whole)
-        return f"{plain}-{self.algorithm}-{self.importance}-{self.budget_resource}{self.budget:g}-seed{self.seed}"
+        who = self.algorithm if self.shape is None else f"{self.algorithm}-shape-{self.shape}"
+        plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{whole}-{who}")
+        return f"{plain}-{self.importance}-{self.budget_resource}{self.budget:g}-seed{self.seed}"
 
     def to_json(self) -> str:
         """The config as JSON text."""

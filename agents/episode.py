@@ -51,11 +51,13 @@ class Trajectory:
         seen: Field -> `[steps, width]` observations.
         taken: `[steps, 1]` actions as the draft chose them.
         applied: `[steps, 1]` actions as they were really applied.
+        shaping: `[steps]` what a shaper paid on the way, zeros without one; no part of the episode's reward.
     """
 
     seen: dict[str, np.ndarray]
     taken: np.ndarray
     applied: np.ndarray
+    shaping: np.ndarray
 
 
 class Memory:
@@ -92,6 +94,7 @@ class Memory:
         }
         whole["taken"] = np.stack([t.taken for t in self.trajectories])
         whole["applied"] = np.stack([t.applied for t in self.trajectories])
+        whole["shaping"] = np.stack([t.shaping for t in self.trajectories])
         return whole
 
     @classmethod
@@ -101,5 +104,8 @@ class Memory:
         fields = {name.removeprefix("seen/"): rows for name, rows in tensors.items() if name.startswith("seen/")}
         for i, episode in enumerate(episodes):
             seen = {name: rows[i] for name, rows in fields.items()}
-            memory.add(episode, Trajectory(seen, tensors["taken"][i], tensors["applied"][i]))
+            taken, applied = tensors["taken"][i], tensors["applied"][i]
+            # a run that began before there were shapers has stored none
+            shaping = tensors["shaping"][i] if "shaping" in tensors else np.zeros(len(taken))
+            memory.add(episode, Trajectory(seen, taken, applied, shaping))
         return memory

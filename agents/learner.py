@@ -62,6 +62,15 @@ class Learner(ABC):
             if hasattr(model, "actor_target"):
                 model.actor_target.load_state_dict(model.actor.state_dict())
 
+    @abstractmethod
+    def rewards(self, trajectory: Trajectory, value: float) -> np.ndarray:
+        """What each step of an episode is paid for learning, `[steps]`.
+
+        Args:
+            trajectory: With what a shaper paid.
+            value: Of `returns`.
+        """
+
     @staticmethod
     def returns(paid: np.ndarray, top: float) -> np.ndarray:
         """What is learnt from: rewards with the uniform plan at 0 and the dense network at 1, clipped to [-2, 2].
@@ -101,9 +110,17 @@ class OffPolicy(Learner):
     def remember(self, memory: Memory, returns: np.ndarray) -> None:
         """Copy episodes that the replay does not hold yet; each step is final and carries the episode's return."""
         for i in range(self.stored, len(memory)):
-            for step in range(len(memory.trajectories[i].taken)):
-                self.store(memory.trajectories[i], step, float(returns[i]))
+            for step, paid in enumerate(self.rewards(memory.trajectories[i], float(returns[i])).tolist()):
+                self.store(memory.trajectories[i], step, paid)
             self.stored = i + 1
+
+    def rewards(self, trajectory: Trajectory, value: float) -> np.ndarray:
+        """The whole return at each step, and all that a shaper pays from there on."""
+        ahead, to_go = 0.0, []
+        for paid in trajectory.shaping[::-1].tolist():
+            ahead = paid + self.model.gamma * ahead
+            to_go.append(value + ahead)
+        return np.array(to_go[::-1])
 
     def store(self, trajectory: Trajectory, step: int, paid: float) -> None:
         """Add a step to the replay."""
@@ -152,6 +169,12 @@ class OnPolicy(Learner):
         """Nothing of earlier episodes is kept."""
         self.used = len(memory)
 
+    def rewards(self, trajectory: Trajectory, value: float) -> np.ndarray:
+        """The return at the last step, and at each what a shaper pays there."""
+        rewards = trajectory.shaping.copy()
+        rewards[-1] += value
+        return rewards
+
     def _fill(self, episodes: list[tuple[Trajectory, float]]) -> None:
         """A rollout buffer of whole episodes, paid at their last steps."""
         model = self.model
@@ -163,9 +186,10 @@ class OnPolicy(Learner):
             seen, actions = _batch([trajectory]), torch.from_numpy(trajectory.taken)
             with torch.no_grad():
                 values, log_probs, _ = model.policy.evaluate_actions(seen, actions)
+            rewards = self.rewards(trajectory, paid).astype(np.float32)
             for step in range(len(actions)):
                 at = {name: field[step : step + 1].numpy() for name, field in seen.items()}
-                reward = np.array([paid if step == len(actions) - 1 else 0.0], dtype=np.float32)
+                reward = rewards[step : step + 1]
                 begins = np.array([float(step == 0)], dtype=np.float32)
                 one = slice(step, step + 1)
                 buffer.add(at, trajectory.taken[one], reward, begins, values[one], log_probs[one])
@@ -202,6 +226,11 @@ class Algorithm:
     imitation_steps: int = 20
     elite: int = 4
     batch_episodes: int = 1
+
+    @property
+    def discount(self) -> float:
+        """Its gamma, which a shaper must share."""
+        return float(self.settings["gamma"])
 
 
 def make_learner(algorithm: Algorithm, venv: VecEnv, *, episodes: int, seed: int) -> Learner:

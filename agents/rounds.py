@@ -16,12 +16,13 @@ from agents.episode import PHASES, Episode, Trajectory
 from agents.exploration import Draft
 from agents.learner import one_thread
 from agents.view import AgentView, View
+from baselines.shaping import TERM, PotentialShaping
 from prune_env.config import EnvConfig, make
 from prune_env.envs.channel_pruning import ChannelPruningEnv
 from prune_env.envs.dynamics import Problem
 
-Row = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
-"""A step of all workers: observations, actions as drafted, actions as applied."""
+Row = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]
+"""A step of all workers: observations, actions as drafted, actions as applied, what a shaper paid."""
 
 
 def make_workers(problem: Problem, config: EnvConfig, *, workers: int, view: View = AgentView) -> VecEnv:
@@ -61,6 +62,8 @@ def play(
     idle = Draft("idle", np.zeros_like(drafts[0].noise), drafts[0].noise, drafts[0].rng)
     playing = drafts + [idle] * (venv.num_envs - len(drafts))
     rows: list[Row] = []
+    if any(venv.env_is_wrapped(PotentialShaping)):
+        venv.set_options([{"episode": first + i} for i in range(venv.num_envs)])
     seen, done, infos = venv.reset(), np.zeros(venv.num_envs, dtype=bool), []
     learner_acts = any(one.script is None for one in drafts)
     while not done.all():
@@ -68,7 +71,8 @@ def play(
             chosen = act(seen) if learner_acts else np.zeros(venv.num_envs)
         taken = np.array([[one.action(len(rows), float(chosen[i]))] for i, one in enumerate(playing)], np.float32)
         after, _, done, infos = venv.step(np.clip(taken, -1.0, 1.0))
-        rows.append((seen, taken, np.array([[info["action"]] for info in infos], dtype=np.float32)))
+        applied = np.array([[info["action"]] for info in infos], dtype=np.float32)
+        rows.append((seen, taken, applied, np.array([info.get(TERM, 0.0) for info in infos])))
         seen = after
     number = range(first, first + len(drafts))
     return [
@@ -79,7 +83,8 @@ def play(
 
 def _episode(number: int, source: str, guided: bool, info: dict[str, Any]) -> Episode:
     """The record of an episode, from the last step's info (a VecEnv rounds rewards to float32, info does not)."""
-    terms = {key.removeprefix("reward/"): float(value) for key, value in info.items() if key.startswith("reward/")}
+    paid = {key: float(value) for key, value in info.items() if key.startswith("reward/") and key != TERM}
+    terms = {key.removeprefix("reward/"): value for key, value in paid.items()}
     return Episode(
         number,
         PHASES[0 if guided else 1],
@@ -97,5 +102,5 @@ def _episode(number: int, source: str, guided: bool, info: dict[str, Any]) -> Ep
 def _trajectory(rows: list[Row], worker: int) -> Trajectory:
     """One worker's share of a round."""
     seen = {name: np.stack([row[0][name][worker] for row in rows]) for name in rows[0][0]}
-    taken, applied = (np.stack([row[at][worker] for row in rows]) for at in (1, 2))
-    return Trajectory(seen, taken, applied)
+    taken, applied, shaping = (np.stack([row[at][worker] for row in rows]) for at in (1, 2, 3))
+    return Trajectory(seen, taken, applied, shaping)

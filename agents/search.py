@@ -22,6 +22,8 @@ from agents.config import TrainConfig
 from agents.episode import Episode, Memory
 from agents.learner import Learner, load_tensors, make_learner, one_thread, tensors_of
 from agents.record import RunFolder
+from agents.view import View
+from baselines.shaping import PotentialShaping
 from prune_env.envs import dynamics
 from prune_env.envs.dynamics import Problem
 from prune_env.files import write
@@ -61,6 +63,14 @@ def search(
     while len(loop.memory) < config.episodes:
         loop.chunk()
     return loop.memory, loop.learner
+
+
+def view_of(config: TrainConfig) -> View:
+    """How a run's algorithm sees and acts, shaped with its own discount if the run has a shaper."""
+    algorithm, shaping = ALGORITHMS[config.algorithm], config.shaping()
+    if shaping is None:
+        return algorithm.view
+    return lambda env: PotentialShaping(algorithm.view(env), shaping, discount=algorithm.discount)
 
 
 def best_plan(problem: Problem, memory: Memory) -> Plan:
@@ -158,4 +168,4 @@ def _seed_all(seed: int) -> None:
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Settings worth comparing between runs, for TensorBoard's HParams."""
     names = ("task", "algorithm", "importance", "refit", "recalibrate", "budget", "budget_resource", "episodes", "seed")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in names} | {"shape": config.shape or "none"}

@@ -28,6 +28,8 @@ class SearchConfig(TrainConfig):
     """Networks that are cut and measured."""
     hard_budget: Suppress[bool] = True
     """Always kept."""
+    shape: Suppress[str | None] = None
+    """Not of a search, which learns nothing on the way."""
     warm_up: Suppress[int | None] = None
     """Not of a search."""
     workers: Suppress[int] = 1

@@ -21,7 +21,8 @@ from agents.config import DEMONSTRATION, TrainConfig
 from agents.record import RunFolder, refuse_existing, save_network
 from agents.report import FINE_TUNED, Reporter, Row, table, uniform_plan
 from agents.rounds import make_workers
-from agents.search import best_plan, policy_plan, search, settings_of
+from agents.search import best_plan, policy_plan, search, settings_of, view_of
+from baselines.shaping import potential_of
 from prune_env.config import Material, build, make_task
 from prune_env.envs.dynamics import Problem
 from prune_env.files import sweep, write
@@ -108,10 +109,12 @@ def _run(config: TrainConfig, path: Path, console: Console) -> dict[str, Row]:
     with stages(console) as tell:
         task = make_task_of(config, progress=tell)
         problem = problem_of(task, config)
+    shaping = config.shaping()
+    if shaping is not None:
+        potential_of(shaping.name, problem)  # refused before there is a folder, and here, not in a worker
     run = RunFolder.open(path) if path.exists() else RunFolder.create(path, config)
     sweep(path)
-    view = ALGORITHMS[config.algorithm].view
-    with closing(make_workers(problem, config.env(), workers=config.workers, view=view)) as venv:
+    with closing(make_workers(problem, config.env(), workers=config.workers, view=view_of(config))) as venv:
         _search_and_report(Parts(task, problem, config, run, venv), console)
     return run.report
 

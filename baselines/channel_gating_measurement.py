@@ -13,16 +13,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from baselines.channel_gating_layers import ChannelGatedNetwork
+from baselines.channel_gating_layers import ChannelGatedNetwork, Gating, attach
+from baselines.potential import Curve, kept, ranked
+from prune_env.envs.dynamics import Problem
+from prune_env.pruning.activations import watching
 from prune_env.pruning.gating.measurement import Habits, RuntimeMeasurement
 from prune_env.pruning.graph import Group
 from prune_env.pruning.importance import IMPORTANCES, Criterion, Evidence
 from prune_env.pruning.measure import autocast, count_params, evaluating, prepare_images
 
 BATCH = 128
+CALIBRATION = 512
+"""Images that the statistics of untrained gates, and their energy, are taken from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,3 +175,51 @@ def open_share_importance(gated: ChannelGatedNetwork) -> Criterion:
         return {**rest, **open_share(gated, evidence.groups, evidence.batch[0])}
 
     return Criterion(rank)
+
+
+def gated_energy(
+    gated: ChannelGatedNetwork, images: Float[Tensor, "image ..."]
+) -> dict[str, Float[Tensor, " channel"]]:
+    """What open gates add: gated convolution -> mean of (d Y_r)^2 of each output channel, over images and positions.
+
+    Args:
+        gated: The network.
+        images: Normalised images.
+    """
+    found = {
+        name: torch.zeros(len(own), dtype=torch.float64)
+        for name, own in zip(gated.names, gated.thresholds, strict=True)
+    }
+
+    def observe(name: str, layer: nn.Module, x: Tensor) -> None:
+        base = layer.partial(x)
+        added = layer.gate(layer.base_norm(base)) * (layer.convolution(x) - base)
+        found[name] += added.square().flatten(2).mean(2).sum(0).double().cpu() / len(images)
+
+    with watching(gated.network, gated.names, observe), torch.no_grad():
+        for batch in images.split(BATCH):
+            gated.network(batch)
+    return found
+
+
+def energy_kept(problem: Problem) -> dict[str, Curve]:
+    """For shaping: the share of each group's gated energy, sum_c E[(d_c Y_r,c)^2], that the kept channels carry.
+
+    An extension, not in the paper. The gates are not trained: they are as training begins, on the dense network, with
+    thresholds of 0 and statistics of the calibration images. Of groups that no gated convolution writes nothing is
+    known.
+
+    Raises:
+        ValueError: The network has no convolution that can be gated.
+    """
+    images = problem.evaluator.calibration[:CALIBRATION]
+    gated = attach(problem.evaluator.network, problem.graph, images[:1], Gating()).eval()
+    gated.calibrate(images)
+    energy = {name: own.numpy() for name, own in gated_energy(gated, images).items()}
+    curves = {}
+    for group in problem.graph.groups:
+        writers = [slot for slot in group.producers if slot.module in energy]
+        if writers:
+            own = sum(np.bincount(slot.unit, energy[slot.module][slot.index], group.channels) for slot in writers)
+            curves[group.name] = kept(own[ranked(problem, group)])
+    return curves

@@ -10,7 +10,7 @@ The paper repairs a cut that somebody else chose. The same similarities can choo
   them is below tau; one tau for all groups, the highest that the budget allows. How much of a layer is kept follows
   from how redundant it is; which channels, from the importance that the user named: leaders lie apart, but many are
   weak.
-- `Redundancy.residual` and `potential`, for shaping: the share of a group's squared strength that merging cannot carry,
+- `Redundancy.residual` and `unmerged`, for shaping: the share of a group's squared strength that merging cannot carry,
   e = sum_{n pruned} strength^2 (1 - cos^2) / sum_n strength^2, and Phi = -sum over the groups of e.
 
 Where a group cannot be merged (`merging_sites.unfit`), a pruned channel costs its whole strength.
@@ -18,7 +18,7 @@ Where a group cannot be merged (`merging_sites.unfit`), a pruned channel costs i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +31,10 @@ from baselines.allocate import Counts
 from baselines.merging_sites import filters, norms, positions, unfit
 from baselines.method import Case, Method, Scores
 from baselines.neuron_merging import cosines, repair_by
+from baselines.potential import Curve, ranked
+from prune_env.envs.dynamics import Problem
 from prune_env.pruning.consumer import oriented
 from prune_env.pruning.graph import Group
-from prune_env.pruning.plan import Plan
 
 Vector = Float64[np.ndarray, " channel"]
 
@@ -71,6 +72,21 @@ class Redundancy:
         total = energy.sum()
         return float((energy * (1 - nearest**2))[pruned].sum() / total) if total > 0 else 0.0
 
+    def residuals(self, order: Int[np.ndarray, " channel"]) -> Curve:
+        """The residual when the first 0, 1, ..., all channels of an order are kept.
+
+        Args:
+            order: All channels, those first that stay longest.
+        """
+        energy = self.strength[order] ** 2
+        nearest = np.zeros((len(order), len(order)))
+        if self.mergeable:
+            nearest = np.maximum.accumulate(self.cosine[order][:, order], axis=1).clip(0)
+        # Row: channel; column: how many are kept, less one. What is below the diagonal is pruned.
+        lost = np.tril(energy[:, None] * (1 - nearest**2), -1).sum(axis=0)
+        total = energy.sum()
+        return np.concatenate([[total], lost]) / (total if total > 0 else 1.0)
+
     def costs(self) -> Vector:
         """What is lost in all when a channel has gone after all that can go before it at less cost."""
         if not self.mergeable:
@@ -104,9 +120,11 @@ def redundancies(network: nn.Module, groups: Iterable[Group]) -> dict[str, Redun
     return {group.name: Redundancy.of(network, group) for group in groups}
 
 
-def potential(found: Mapping[str, Redundancy], plan: Plan) -> float:
-    """Phi = -sum of the residuals of a plan's groups; groups that are kept whole, or not decided yet, add nothing."""
-    return -sum(found[name].residual(kept) for name, kept in plan.keep.items())
+def unmerged(problem: Problem) -> dict[str, Curve]:
+    """For shaping: minus the residual of each group by count; from the dense weights alone, as in the paper."""
+    groups = problem.graph.groups
+    found = redundancies(problem.evaluator.network, groups)
+    return {group.name: -found[group.name].residuals(ranked(problem, group)) for group in groups}
 
 
 def merge_cost(case: Case) -> Scores:

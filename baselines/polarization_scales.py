@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from baselines import allocate
 from baselines.allocate import Counts
 from baselines.method import Case, Scores
+from baselines.potential import Curve, ranked
+from prune_env.envs.dynamics import Problem
 from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.surgery import BATCH_NORMS
 
@@ -190,3 +192,31 @@ def own_ratios(case: Case, *, threshold: Threshold = clear_valley) -> Counts:
     )
     names = [problem.graph.groups[step].name for step in problem.steps]
     return allocate.ranking(replace(case.choices, levels=levels), [np.asarray(case.scores[name]) for name in names])
+
+
+def margin(scales: Float[np.ndarray, " channel"]) -> Curve:
+    """How far a cut parts the scales: min gamma_kept - max gamma_pruned by count, relative to the largest.
+
+    From 1, where the poles part, to -1, where the largest scale goes before the smallest; 0 where nothing is cut.
+
+    Args:
+        scales: |gamma| of one group, those first that stay longest.
+    """
+    least = np.minimum.accumulate(scales)[:-1]
+    most = np.maximum.accumulate(scales[::-1])[::-1][1:]
+    return np.concatenate([[-1.0], (least - most) / (scales.max() or 1.0), [0.0]])
+
+
+def separability(problem: Problem) -> dict[str, Curve]:
+    """For shaping: how far the cut of each group parts its scales, as polarization would have it (sect. 3.3).
+
+    An extension, not in the paper. Without polarised training the scales are those of the dense network, which part
+    little; the network of a task that was prepared by polarization has its poles. Which channels a cut keeps is for the
+    environment's importance to say: scales that it contradicts count as badly parted.
+
+    Raises:
+        ValueError: No group has a BatchNorm.
+    """
+    graph = problem.graph
+    worth = by_group(problem.evaluator.network, graph)
+    return {name: margin(scales[ranked(problem, graph.group(name))]) for name, scales in worth.items()}

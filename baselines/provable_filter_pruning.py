@@ -54,6 +54,7 @@ from torch import nn
 from baselines import allocate
 from baselines.allocate import Counts
 from baselines.method import Case, Method, Scores
+from baselines.potential import Curve
 from prune_env.envs.dynamics import Problem
 from prune_env.pruning.consumer import complement
 from prune_env.pruning.graph import Group, LayerGraph
@@ -194,6 +195,15 @@ def epsilons(problem: Problem, counts: Counts, *, shares: Shares = summed) -> Fl
         raise ValueError(f"counts is {counts.tolist()}; from 1 each up to {list(problem.channels)} are allowed")
     pairs = zip(_decided(problem, shares), counts, strict=True)
     return np.array([bound.epsilon[count] for bound, count in pairs])
+
+
+def error_bounds(problem: Problem) -> dict[str, Curve]:
+    """For shaping: -log(1 + epsilon) of each group by count; relative errors of layers multiply, so logarithms add up.
+
+    An extension, not in the paper. The sensitivities are those of the dense network, as in the paper; epsilon goes by
+    how many channels are kept (`ErrorBound.epsilon`), whichever ones the environment's importance keeps.
+    """
+    return {name: -np.log1p(bound.epsilon) for name, bound in bounds(problem).items()}
 
 
 def one_epsilon(case: Case, *, shares: Shares = summed) -> Counts:

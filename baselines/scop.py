@@ -64,12 +64,15 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import nn
+from torch.nn import functional
 
 from baselines import allocate
 from baselines.allocate import Choices, Counts
 from baselines.method import Case, Method, Scores, given_repair, same_share
-from baselines.scop_layers import group_scores
+from baselines.potential import Curve, Vector, kept, ranked
+from baselines.scop_layers import ControlledNetwork, group_scores, permuted, writers_of
 from baselines.scop_learning import Settings, Source, learned, observed, usual_training
+from prune_env.envs.dynamics import Problem
 from prune_env.pruning.measure import autocast, evaluating, number_format
 from prune_env.pruning.plan import Plan
 from prune_env.pruning.surgery import BATCH_NORMS, cut
@@ -80,6 +83,8 @@ from prune_env.tasks.training import TrainSettings
 from prune_env.tasks.training.augmentation import augment
 from prune_env.tasks.training.loop import Progress
 
+BATCH = 128
+"""Images of a gradient that is taken without training."""
 LEVEL = 0.1
 """q of the knockoff+ filter; the default of its authors' package."""
 
@@ -156,6 +161,47 @@ def self_deciding(
 
 negative = partial(self_deciding, keep=positive)
 false_discoveries = partial(self_deciding, keep=discovered)
+
+
+def evidence(scores: Vector) -> Curve:
+    """Share of the evidence for channels that a cut keeps, less the share of the evidence against, by count.
+
+        sum_kept max(I, 0) / sum_all max(I, 0) - sum_kept max(-I, 0) / sum_all max(-I, 0)
+
+    Args:
+        scores: I of one group, those first that stay longest.
+    """
+    return kept(scores.clip(min=0)) - kept((-scores).clip(min=0))
+
+
+def unlearned(problem: Problem) -> Scores:
+    """I without training: |gamma| times what the first step would do to 2 beta - 1, the largest step being 1.
+
+    That is minus the gradient of the cross-entropy by beta at its start of 1/2, on the calibration images; control is
+    the batch in random order, labels are what the dense network says.
+    """
+    network, images = problem.evaluator.network, problem.evaluator.calibration
+    controlled = ControlledNetwork(network, writers_of(problem.graph), control=permuted, start=DEFAULT.start)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        for batch in images.split(BATCH):
+            answers = controlled.eval()(batch).argmax(1)
+            functional.cross_entropy(controlled.train()(batch), answers, reduction="sum").backward()
+    slopes = [selection.beta.grad for selection in controlled.selections]
+    steepest = max(float(slope.abs().max()) for slope in slopes) or 1.0
+    with torch.no_grad():
+        for selection, slope in zip(controlled.selections, slopes, strict=True):
+            selection.beta.copy_((1 - slope / steepest) / 2)
+    return group_scores(controlled.eval(), problem.graph, images[:1])
+
+
+def evidence_kept(problem: Problem) -> dict[str, Curve]:
+    """For shaping: the evidence that the cut of each group keeps (`evidence`).
+
+    An extension, not in the paper. Beta is not learned: I is that of `unlearned`.
+    """
+    scores = unlearned(problem)
+    return {group.name: evidence(scores[group.name][ranked(problem, group)]) for group in problem.graph.groups}
 
 
 def published_repair(case: Case, plan: Plan, *, settings: Settings) -> nn.Module:

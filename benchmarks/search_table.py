@@ -11,7 +11,6 @@ episode, chosen on the search split as a search's is. What was interrupted goes 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,25 +20,15 @@ from typing import Any
 
 import numpy as np
 import tyro
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from agents import search_baselines, train
 from agents.algorithms import ALGORITHMS
-from agents.cli import INTERRUPTED
 from agents.config import TrainConfig, unknown
-from agents.record import RunFolder
 from agents.search_config import SearchConfig
 from baselines.search import OPTIMISERS
-from prune_env.files import write
+from benchmarks.cells import COMMON, Record, finished, line, read, read_or_made, search_seconds, share_row
 
 REFERENCE = "random_search"
 """What every other method is compared with, seed by seed."""
-
-COMMON = (
-    "task", "weights", "epochs", "budget", "importance", "refit", "recalibrate", "calibration_images", "algorithm",
-    "episodes", "threads", "seed",
-)  # fmt: skip
-"""Fields of a run that the table decides; the rest is a method's own."""
 
 RECORDED = ("task", "epochs", "budget", "importance", "refit", "recalibrate", "calibration_images", "seed")
 """Fields of a run that its record repeats under the same name."""
@@ -55,8 +44,6 @@ HEADS = (
     "against uniform", "macs", "the agent's last plan, test", "seconds a run", "own settings", "by seed",
 )  # fmt: skip
 PAIRED_HEADS = ("method", "evaluations", "search, points", "test, points", "95 % of its mean", "by seed")
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -146,50 +133,6 @@ class Settings:
         return (self.records or self.runs / "records") / name
 
 
-def arguments(config: TrainConfig) -> list[str]:
-    """The command line of a run: every common field, so that no algorithm puts its own in their place."""
-    searches = {"algorithm": "method", "episodes": "evaluations"} if isinstance(config, SearchConfig) else {}
-    listed = ["--recalibrate" if config.recalibrate else "--no-recalibrate"]
-    for name in COMMON:
-        value = getattr(config, name)
-        if name != "recalibrate" and value is not None:
-            listed += [f"--{searches.get(name, name).replace('_', '-')}", str(value)]
-    return listed
-
-
-def finished(config: TrainConfig, folder: Path) -> RunFolder:
-    """A run at its end: made, resumed, or, if it is finished, only read.
-
-    Args:
-        config: Of the run; threads must be given.
-        folder: Folder of the run's folder.
-
-    Raises:
-        ValueError: The run's folder holds a run with other settings, or the run failed.
-        KeyboardInterrupt: The run was interrupted; the same call goes on with it.
-    """
-    path = folder / config.name
-    order = ["--resume", str(path)] if path.exists() else [*arguments(config), "--runs", str(folder)]
-    if path.exists():
-        _check_same(config, path)
-    if not train.finished(path):
-        code = (search_baselines if isinstance(config, SearchConfig) else train).main(order)
-        if code == INTERRUPTED:
-            raise KeyboardInterrupt
-        if code:
-            raise ValueError(f"the run {path} ended with exit code {code}")
-        _check_same(config, path)
-    return RunFolder.open(path)
-
-
-def _check_same(config: TrainConfig, path: Path) -> None:
-    """Refuse a run with other settings; a resumed run keeps its number of threads, which changes no result here."""
-    held, wanted = (json.loads(one.to_json()) for one in (RunFolder.open(path).config, config))
-    for name, value in wanted.items():
-        if held[name] != value and name != "threads":
-            raise ValueError(f"{path} holds a run with {name} {held[name]}, not {value}; choose another folder")
-
-
 def facts(settings: Settings, cell: Cell) -> Record:
     """What tells a cell apart, as its record says it: of files, the name alone."""
     config = settings.config(cell)
@@ -203,26 +146,6 @@ def own_settings(config: TrainConfig) -> Record:
     usual = type(config)()
     names = [field.name for field in dataclasses.fields(config) if field.name not in COMMON]
     return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(usual, name)}
-
-
-def search_seconds(run: Path) -> float:
-    """Seconds of a run's evaluations and learning, all its processes together; neither its task nor its report.
-
-    From the clock in the run's events: each log is opened right before the first evaluation of its process.
-    """
-    total = 0.0
-    for log in sorted((run / "tensorboard").glob("events.*")):
-        events = list(EventFileLoader(str(log)).Load())
-        played = [one.wall_time for one in events if any(v.tag == "search/accuracy" for v in one.summary.value)]
-        total += played[-1] - events[0].wall_time if played else 0.0
-    return total
-
-
-def share_row(row: Mapping[str, Any], dense: Mapping[str, Any]) -> Record:
-    """A row of a run's report, with shares of the dense network in place of absolute sizes."""
-    kept = ("search_accuracy", "test_accuracy", "counts", "source", "episode", "tried")
-    shares = {f"{size}_share": row[size] / dense[size] for size in ("macs", "params")}
-    return {name: row[name] for name in kept if name in row} | shares
 
 
 def recorded_run(settings: Settings, cell: Cell) -> Record:
@@ -247,28 +170,12 @@ def known(settings: Settings, cell: Cell) -> Record | None:
     Raises:
         ValueError: It is of other weights or other settings, or corrupt.
     """
-    file = settings.record(cell)
-    if not file.exists():
-        return None
-    try:
-        record = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is corrupt: {error}") from None
-    for name, value in facts(settings, cell).items():
-        if record.get(name) != value:
-            raise ValueError(f"{file} has {name} {record.get(name)}, not {value}; choose another folder")
-    return record
+    return read(settings.record(cell), facts(settings, cell))
 
 
 def made(settings: Settings, cell: Cell) -> Record:
     """A cell from its record, or run and recorded."""
-    record = known(settings, cell)
-    if record is None:
-        record = recorded_run(settings, cell)
-        file = settings.record(cell)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, json.dumps(record, indent=2))
-    return record
+    return read_or_made(settings.record(cell), facts(settings, cell), run=lambda: recorded_run(settings, cell))
 
 
 def half_width(values: Sequence[float]) -> float | None:
@@ -317,10 +224,10 @@ def rows_of(records: Sequence[Record], name: str) -> dict[int, Record]:
 
 def table(records: Sequence[Record]) -> str:
     """Means over seeds as a Markdown table, then each seed's test accuracy."""
-    lines = [_line(HEADS), _line(["---"] * len(HEADS))]
+    lines = [line(HEADS), line(["---"] * len(HEADS))]
     dense, uniform = (rows_of(records, name) for name in ("dense", "uniform"))
     for name, rows, base in (("dense", dense, uniform), ("uniform", uniform, {})) if records else ():
-        lines.append(_line([name, "", *_measured(rows, base), "", "", "", _by_seed(rows)]))
+        lines.append(line([name, "", *_measured(rows, base), "", "", "", _by_seed(rows)]))
     for (evaluations, method), some in groups(records).items():
         found, policy = (rows_of(some, name) for name in ("found", "policy"))
         spent = [record["spent"] for record in some]
@@ -329,13 +236,13 @@ def table(records: Sequence[Record]) -> str:
         seconds = f"{np.mean([record['seconds'] for record in some]):.1f}"
         own = ", ".join(f"{name} {value}" for name, value in some[0]["own"].items())
         cells = [method, f"{evaluations}{fewer}", *_measured(found, uniform), last, seconds, own, _by_seed(found)]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
 def paired_table(records: Sequence[Record]) -> str:
     """What each method finds beyond random search with the same seed and as many evaluations, as a Markdown table."""
-    lines = [_line(PAIRED_HEADS), _line(["---"] * len(PAIRED_HEADS))]
+    lines = [line(PAIRED_HEADS), line(["---"] * len(PAIRED_HEADS))]
     found = {key: rows_of(some, "found") for key, some in groups(records).items()}
     for (evaluations, method), rows in found.items():
         base = found.get((evaluations, REFERENCE), {})
@@ -343,7 +250,7 @@ def paired_table(records: Sequence[Record]) -> str:
             continue
         search, test = (differences(rows, base, split) for split in ("search", "test"))
         cells = [f"{np.mean(search):+.2f}", f"{np.mean(test):+.2f}", interval(test, form="+.2f")]
-        lines.append(_line([method, str(evaluations), *cells, ", ".join(f"{value:+.2f}" for value in test)]))
+        lines.append(line([method, str(evaluations), *cells, ", ".join(f"{value:+.2f}" for value in test)]))
     return "\n".join(lines)
 
 
@@ -358,10 +265,6 @@ def _measured(rows: Mapping[int, Record], base: Mapping[int, Record]) -> list[st
 
 def _by_seed(rows: Mapping[int, Record]) -> str:
     return ", ".join(f"{100 * row['test_accuracy']:.2f}" for _, row in sorted(rows.items()))
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def recorded(settings: Settings) -> list[Record]:

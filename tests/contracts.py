@@ -142,6 +142,30 @@ def plan_replays_from_json(
     torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
 
 
+def shaping_leaves_the_start_alone(
+    plain: gymnasium.Env, shaped: gymnasium.Env, *, discount: float, episodes: int, seed: int = 0
+) -> None:
+    """Law 9: under the agent's own discount, shaped minus plain return depends only on the start state.
+
+    Played by random policies of every lean; nothing but rewards may differ.
+    """
+    rng, start = np.random.default_rng(seed), []
+    for episode in range(episodes):
+        lean, factor, difference, terminated = rng.uniform(0.2, 5.0), 1.0, 0.0, False
+        options = {"budget": float(rng.uniform(0.3, 1.0))}
+        first, second = (env.reset(seed=episode, options=options) for env in (plain, shaped))
+        while not terminated:
+            assert data_equivalence(first[0], second[0], exact=True)
+            action = np.array([rng.random() ** lean], dtype=np.float32)
+            first, second = plain.step(action), shaped.step(action)
+            assert first[2:4] == second[2:4]
+            assert data_equivalence({**first[4], "reward/shaping": second[4]["reward/shaping"]}, second[4], exact=True)
+            difference += factor * (second[1] - first[1])
+            factor, terminated = factor * discount, first[2]
+        start.append(difference)
+    np.testing.assert_allclose(start, start[0], rtol=0, atol=1e-9)
+
+
 def environment(**changes: Any) -> dict[str, str]:
     """Variables of a fresh process that finds the project and keeps to one thread."""
     root = str(Path(__file__).parents[1])

@@ -22,7 +22,7 @@ def memory_of(episodes: int) -> Memory:
         seen = {"a": np.full((2, 1), i, np.float32), "b": np.ones((2, 3), np.float32)}
         actions = np.full((2, 1), i / 10, np.float32)
         one = Episode(i, "warm-up", "uniform", 0.1 * i, 0.1 * i, 1.0, 10, 5, (1, 2), {"accuracy": 0.1 * i})
-        memory.add(one, Trajectory(seen, actions, actions))
+        memory.add(one, Trajectory(seen, actions, actions, np.zeros(len(actions))))
     return memory
 
 

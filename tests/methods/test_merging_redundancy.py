@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from baselines.merging_redundancy import MERGING_CLUSTERS, Redundancy, potential, redundancies
+from baselines.merging_redundancy import MERGING_CLUSTERS, Redundancy, redundancies
 from baselines.method import case_of
 from baselines.neuron_merging import cosines
 from prune_env.config import make_problem
 from prune_env.envs.dynamics import Problem
-from prune_env.pruning.plan import Plan
 from prune_env.pruning.tracing import trace
 from tests.env.graphs import traced
 from tests.env.small_networks import NETWORKS, build
@@ -100,6 +99,15 @@ def test_leaders_lie_apart_and_every_other_channel_is_near_one(seed: int, channe
     assert (found.cosine[~leads][:, leads].max(axis=1, initial=-1) >= tau - 1e-9).all()
 
 
+def test_the_residuals_of_an_order_by_hand() -> None:
+    # energies 4, 1, 1; the second is .6 like the first, the third .8 like the second and not like the first
+    found = Redundancy(np.array([2.0, 1.0, 1.0]), np.array([[1, 0.6, 0], [0.6, 1, 0.8], [0, 0.8, 1]]), True)
+    assert found.residuals(np.array([0, 1, 2])) == pytest.approx([1, (0.64 + 1) / 6, 0.36 / 6, 0])
+    assert found.residuals(np.array([2, 0, 1])) == pytest.approx([1, (4 + 0.36) / 6, 0.36 / 6, 0])
+    apart = Redundancy(found.strength, found.cosine, False)
+    assert apart.residuals(np.array([2, 0, 1])) == pytest.approx([1, 5 / 6, 1 / 6, 0])
+
+
 @given(st.integers(0, 10_000), st.integers(2, 8))
 def test_keeping_more_never_raises_the_residual(seed: int, channels: int) -> None:
     found = drawn(seed, channels)
@@ -118,7 +126,7 @@ def test_channels_that_repeat_others_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_has_costs_leaders_and_a_potential(name: str) -> None:
+def test_every_network_has_costs_leaders_and_residuals(name: str) -> None:
     graph = traced(name)
     found = redundancies(build(name), graph.groups)
     for group in graph.groups:
@@ -127,11 +135,9 @@ def test_every_network_has_costs_leaders_and_a_potential(name: str) -> None:
         assert np.isfinite(costs).all()
         assert (costs >= 0).all()
         assert np.argmax(leaders) == np.argmax(found[group.name].strength)
-    assert potential(found, Plan.full(graph)) == 0
-    small = {group.name: (0,) for group in graph.groups}
-    assert -len(small) <= potential(found, Plan(small)) < 0
-    first = graph.groups[0].name
-    assert potential(found, Plan({first: (0,)})) == -found[first].residual((0,))
+        order = np.argsort(-costs)
+        residuals = [found[group.name].residual(order[:count].tolist()) for count in range(1, group.channels + 1)]
+        assert found[group.name].residuals(order)[1:] == pytest.approx(residuals, abs=1e-12)
 
 
 @pytest.fixture(scope="module")
