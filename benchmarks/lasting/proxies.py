@@ -62,8 +62,8 @@ def grasp(network: nn.Module, images: Images, labels: Labels) -> float:
 def synflow(network: nn.Module, images: Images, labels: Labels) -> float:
     """Logarithm of the sum over weights of w dR/dw, R the sum of what all-ones make of the weights without signs.
 
-    Tanaka et al., SynFlow (NeurIPS 2020, arXiv 2006.05467), in float64. BatchNorm only scales here: shifts and biases are
-    0, so that R is the sum over paths of the product of their weights. Of the images, only the shape is read.
+    Tanaka et al., SynFlow (NeurIPS 2020, arXiv 2006.05467), in float64. BatchNorm only scales here: shifts and biases
+    are 0, so that R is the sum over paths of the product of their weights. Of the images, only the shape is read.
     """
     linear = copy.deepcopy(network).double().eval()
     with torch.no_grad():
