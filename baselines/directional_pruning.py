@@ -65,8 +65,7 @@ from baselines.grda import GRDA, check_constants, strength
 from baselines.method import Case, Method, Scores
 from baselines.preparation import prepared_task
 from prune_env.pruning.tracing import trace
-from prune_env.tasks.datasets import DATASETS
-from prune_env.tasks.dense import recipe
+from prune_env.tasks.dense import usual_training
 from prune_env.tasks.task import Task
 from prune_env.tasks.training import Hook, TrainingState, TrainSettings
 from prune_env.tasks.training.loop import Progress
@@ -242,10 +241,7 @@ def structured(
 
 def _training(task: Task, *, epochs: int, lr: int | float, batch_size: int | None, seed: int) -> TrainSettings:
     """The task's usual training without decay and label smoothing; momentum is not read by gRDA."""
-    if task.data in DATASETS:
-        usual = recipe(task.data, task.network_name, seed=seed)
-    else:  # data of a user's own: nothing is known of what may be done to its images
-        usual = TrainSettings(crop=0, flip=False, dtype="float32", seed=seed)
+    usual = usual_training(task.data, task.network_name, seed=seed)
     size = usual.batch_size if batch_size is None else batch_size
     return replace(usual, epochs=epochs, lr=float(lr), batch_size=size, weight_decay=0.0, label_smoothing=0.0)
 

@@ -69,11 +69,12 @@ from baselines import allocate
 from baselines.allocate import Choices, Counts
 from baselines.method import Case, Method, Scores, given_repair, same_share
 from baselines.scop_layers import group_scores
-from baselines.scop_learning import Settings, Source, learned, observed, usual_training
+from baselines.scop_learning import NETWORK, Settings, Source, learned, observed
 from prune_env.pruning.measure import autocast, evaluating, number_format
 from prune_env.pruning.plan import Plan
 from prune_env.pruning.surgery import BATCH_NORMS, cut
 from prune_env.pruning.tracing import trace
+from prune_env.tasks.dense import usual_training
 from prune_env.tasks.images import Split
 from prune_env.tasks.task import Task
 from prune_env.tasks.training import TrainSettings
@@ -167,7 +168,7 @@ def published_repair(case: Case, plan: Plan, *, settings: Settings) -> nn.Module
     if task is None or np.array_equal(evaluator.graph.counts(plan), evaluator.graph.full):
         return given_repair(case, plan)
     small = cut(evaluator.network, evaluator.graph, plan).eval().to(memory_format=torch.channels_last)
-    usual = usual_training(task.data, case.seed)
+    usual = usual_training(task.data, NETWORK, seed=case.seed)
     renew_statistics(small, task.train, dataclasses.replace(usual, batch_size=settings.pass_size or usual.batch_size))
     return small
 

@@ -57,7 +57,6 @@ from baselines.scop_learning import (
     learned,
     learning,
     observed,
-    usual_training,
 )
 from prune_env.config import make_problem
 from prune_env.envs.dynamics import Problem
@@ -65,6 +64,7 @@ from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.measure import count_macs, count_params
 from prune_env.pruning.plan import Plan
 from prune_env.pruning.tracing import trace
+from prune_env.tasks.dense import usual_training
 from prune_env.tasks.images import ArrayImages, Split
 from prune_env.tasks.networks import make_network
 from prune_env.tasks.normalisation import parse
@@ -571,11 +571,11 @@ def test_the_pass_moves_statistics_by_their_momentum_and_nothing_else() -> None:
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(192, 5)).eval()
     images = split(40, 1)
     before = copy.deepcopy(network.state_dict())
-    renew_statistics(network, images, replace(usual_training("own", 0), batch_size=64))
+    renew_statistics(network, images, replace(usual_training("own", "cnn", seed=0), batch_size=64))
     expected = images.take(40)[0].mean((0, 2, 3))
     torch.testing.assert_close(network[0].running_mean, 0.1 * expected, rtol=1e-2, atol=1e-3)
     assert int(network[0].num_batches_tracked) == 1
-    renew_statistics(network, images, replace(usual_training("own", 0), batch_size=13))
+    renew_statistics(network, images, replace(usual_training("own", "cnn", seed=0), batch_size=13))
     assert int(network[0].num_batches_tracked) == 4  # a fourth batch would be a single image
     assert not any(module.training for module in network.modules())
     for name, parameter in network.named_parameters():
