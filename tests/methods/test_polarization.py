@@ -300,6 +300,8 @@ HUMP = histogram({1: 1, 2: 3, 3: 2, 4: 5, 5: 4, 6: 1})
         (HUMP, 0.03, -math.inf),  # no pole at 0: a dent is no valley
         (histogram({0: 30, 1: 5, 2: 7, 60: 9}), 0.01, 0.025),  # a dent in the lower pole: the gap decides
         (np.array([0.001, 1.3, 1.4]), 0.01, 0.01),  # a network that was never clamped
+        # A dent, and a gap far from 0: what lies below it is no pole, so nothing goes.
+        (histogram({0: 3, 1: 2, 2: 3, 11: 1, 21: 1, 31: 1, 70: 5}), 0.01, -math.inf),
     ],
 )
 def test_thresholds_of_hand_made_histograms(scales: np.ndarray, coded: float, guarded: float) -> None:
@@ -319,7 +321,8 @@ def test_the_valley_is_the_one_that_the_authors_code_finds() -> None:
 
 
 def test_the_widest_gap_by_hand() -> None:
-    assert widest_gap(np.array([0.9, 0.1, 0.3, 0.35])) == pytest.approx(0.35)
+    assert widest_gap(np.array([0.9, 0.1, 0.13, 0.15])) == pytest.approx(0.15)
+    assert widest_gap(np.array([0.9, 0.1, 0.3, 0.35])) == -math.inf
     assert widest_gap(np.array([0.1, 0.115, 0.13])) == -math.inf
     assert widest_gap(np.array([0.4])) == -math.inf
 
