@@ -50,7 +50,7 @@ zero; SGD without momentum and decay beside it. Nothing is reported for channels
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -173,7 +173,14 @@ def shortened(settings: Directional, task: Task, *, epochs: int = SHORT_EPOCHS, 
     return replace(settings, c=settings.c * there / here, epochs=epochs, lr=lr, batch_size=None)
 
 
-def sparse(task: Task, seed: int = 0, progress: Progress | None = None, *, settings: Directional | None = None) -> Task:
+def sparse(
+    task: Task,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    settings: Directional | None = None,
+    watch: Sequence[Hook] = (),
+) -> Task:
     """The task with its network trained by gRDA on all parameters, as published; from the cache, or taken up again.
 
     Args:
@@ -181,6 +188,7 @@ def sparse(task: Task, seed: int = 0, progress: Progress | None = None, *, setti
         seed: Seed of order and augmentation.
         progress: Told about every step.
         settings: None takes the published ones, `shortened`.
+        watch: Hooks that look at the training and change nothing.
 
     Raises:
         TrainingDiverged: The loss became NaN or Inf.
@@ -192,7 +200,7 @@ def sparse(task: Task, seed: int = 0, progress: Progress | None = None, *, setti
         method="directional_sparse",
         constants={"version": VERSION, "c": chosen.c, "mu": chosen.mu},
         training=training,
-        hooks=lambda network: [_schedule(training)],
+        hooks=lambda network: [_schedule(training), *watch],
         optimizer=lambda network, _: GRDA(network.parameters(), lr=chosen.lr, c=chosen.c, mu=chosen.mu),
         progress=progress,
     )

@@ -190,7 +190,7 @@ def slimming(found: Sequence[Site], settings: Settings, shares: Gamma) -> Sequen
 
 REGULARISERS: dict[str, Callable[[Sequence[Site], Settings, Gamma], Sequence[Hook]]] = {
     "polarization": polarising,
-    "network_slimming": slimming,
+    "slimming": slimming,
 }
 """Name -> (regularised scales, settings, factors of lambda) -> hooks."""
 
@@ -273,14 +273,9 @@ POLARIZATION_PAPER = Method(
     allocate=partial(own_ratios, threshold=first_valley),
 )
 SLIMMING = Method(
-    "network_slimming",
+    "slimming",
     "Liu et al., ICCV 2017 (arXiv 1708.06519): L1 on the scales, one threshold for all groups",
-    prepare=partial(prepare, settings=partial(scaled, table=SLIMMING_PAPER), regulariser="network_slimming"),
+    prepare=partial(prepare, settings=partial(scaled, table=SLIMMING_PAPER), regulariser="slimming"),
     importance=largest_scale,
     allocate=one_ranking,
 )
-METHODS: dict[str, Method] = {
-    "polarization": POLARIZATION,
-    "polarization_paper": POLARIZATION_PAPER,
-    "network_slimming": SLIMMING,
-}

@@ -67,7 +67,7 @@ from torch import nn
 
 from baselines import allocate
 from baselines.allocate import Choices, Counts
-from baselines.method import Case, Method, Scores, given_repair, same_share
+from baselines.method import Case, Method, Scores, given_repair
 from baselines.scop_layers import group_scores
 from baselines.scop_learning import NETWORK, Settings, Source, learned, observed
 from prune_env.pruning.measure import autocast, evaluating, number_format
@@ -201,15 +201,10 @@ def renew_statistics(network: nn.Module, split: Split, settings: TrainSettings) 
                 norm.training = False
 
 
-def _method(
-    name: str,
-    paper: str,
-    settings: Settings,
-    allocation: Callable[[Case], Counts] = same_share,
-    repair: Callable[[Case, Plan], nn.Module] = given_repair,
-) -> Method:
-    learning = {"prepare": partial(prepare, settings=settings), "importance": partial(importance, settings=settings)}
-    return Method(name, paper, **learning, allocate=allocation, repair=repair)
+def learning_by(method: Method, settings: Settings) -> Method:
+    """The method with scales that are learned otherwise."""
+    stages = {"prepare": partial(prepare, settings=settings), "importance": partial(importance, settings=settings)}
+    return dataclasses.replace(method, **stages)
 
 
 DEFAULT = Settings()
@@ -217,15 +212,19 @@ PAPER = Settings(epochs=20, batch_size=512, pass_size=1024)
 """The authors' constants, for ImageNet; there are no others in their code."""
 
 TITLE = "Tang et al., NeurIPS 2020 (SCOP, arXiv 2010.10732)"
-SCOP = _method("scop", f"{TITLE}: scales against a control, a shorter training", DEFAULT)
-SCOP_PAPER = _method(
-    "scop_paper",
-    f"{TITLE}: the published constants and repair",
+SCOP = learning_by(Method("scop", f"{TITLE}: scales against a control, a shorter training"), DEFAULT)
+SCOP_PAPER = learning_by(
+    Method(
+        "scop_paper",
+        f"{TITLE}: the published constants and repair",
+        repair=partial(published_repair, settings=PAPER),
+    ),
     PAPER,
-    repair=partial(published_repair, settings=PAPER),
 )
-SCOP_NEGATIVE = _method("scop_negative", "extension of SCOP: what does not beat the control goes", DEFAULT, negative)
-SCOP_FDR = _method("scop_fdr", "extension of SCOP: what the knockoff+ filter selects stays", DEFAULT, false_discoveries)
-
-SCOP_METHODS: dict[str, Method] = {method.name: method for method in (SCOP, SCOP_PAPER, SCOP_NEGATIVE, SCOP_FDR)}
-"""Name -> method."""
+SCOP_NEGATIVE = learning_by(
+    Method("scop_negative", "extension of SCOP: what does not beat the control goes", allocate=negative), DEFAULT
+)
+SCOP_FDR = learning_by(
+    Method("scop_fdr", "extension of SCOP: what the knockoff+ filter selects stays", allocate=false_discoveries),
+    DEFAULT,
+)
