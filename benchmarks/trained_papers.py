@@ -45,6 +45,9 @@ from prune_env.files import write
 OWN = "own ratios"
 """Aim of a cell whose method decides how much goes."""
 
+NEAR = 0.02
+"""Share of the macs by which two rows that are compared may differ."""
+
 CUT_HEADS = (
     "method", "aim", "macs", "params", "epochs, prepare + fine-tune", "test accuracy after prepare, %", "after cut",
     "after fine-tuning", "against dense", "95 % of its mean", "against uniform at these macs", "by seed", "published",
@@ -124,14 +127,14 @@ class Settings:
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells, each once, seed by seed; what uniform is to meet comes before it."""
+        """All cells, each once, seed by seed; what a method decides by itself first, for others follow from it."""
         return list(dict.fromkeys(Cell(row, aim, seed) for seed in self.seeds for row, aim in self._aims()))
 
     def _aims(self) -> list[tuple[str, str]]:
         cuts = [row for row in self.rows if row in CUTS]
-        found = [(row, f"{budget:g}") for row in cuts for budget in self.budgets]
         decided = [row for row in cuts if CUTS[row].own] if self.own else []
-        found += [(row, OWN) for row in decided]
+        found = [(row, OWN) for row in decided]
+        found += [(row, f"{budget:g}") for row in cuts for budget in self.budgets]
         found += [("uniform", row) for row in decided if "uniform" in cuts]
         found += [(row, "") for row in self.rows if row in SPARSE]
         return found + [(row, f"{target:g}") for row in self.rows if row in GATED for target in self.targets]
@@ -141,6 +144,10 @@ class Settings:
         task = self.task.replace(":", "_").replace("/", "_")
         aim = f"-{cell.aim.replace(' ', '_')}" if cell.aim else ""
         return f"{task}-epochs{self.epochs}-{cell.row}{aim}-seed{cell.seed}"
+
+    def folder(self, cell: Cell) -> Path:
+        """Where a cell's plan and network are."""
+        return self.runs / "cells" / self.name(cell)
 
     def record(self, cell: Cell) -> Path:
         """Where a cell is recorded."""
@@ -196,13 +203,14 @@ def made(settings: Settings, cell: Cell, on: Callable[[int], Bench]) -> Record:
     record = known(settings, cell)
     if record is not None:
         return record
-    folder = settings.runs / "cells" / settings.name(cell)
+    folder = settings.folder(cell)
     if cell.row in SPARSE:
         found = sparse_cell(on(cell.seed), cell.row, folder)
     elif cell.row in GATED:
         found = gated_cell(on(cell.seed), float(cell.aim))
     else:
-        found = cut_cell(on(cell.seed), cell.row, _budget(settings, cell), folder)
+        budget = _budget(settings, cell)
+        found = _inside(settings, cell, budget) or cut_cell(on(cell.seed), cell.row, budget, folder)
     record, file = {**facts(settings, cell), **found}, settings.record(cell)
     file.parent.mkdir(parents=True, exist_ok=True)
     write(file, json.dumps(record, indent=2))
@@ -217,6 +225,14 @@ def _budget(settings: Settings, cell: Cell) -> float:
         assert met is not None  # made before, in the order of the cells
         return met["macs_share"]
     return float(cell.aim)
+
+
+def _inside(settings: Settings, cell: Cell, budget: float) -> Record | None:
+    """What the method decided by itself, if that is inside the budget already: the same plan, so the same network."""
+    own = known(settings, Cell(cell.row, OWN, cell.seed)) if cell.aim != OWN and settings.own else None
+    if own is None or own["macs_share"] > budget:
+        return None
+    return {name: value for name, value in own.items() if name not in facts(settings, cell)}
 
 
 def recorded(settings: Settings) -> list[Record]:
@@ -238,7 +254,8 @@ def against_uniform(records: Sequence[Record]) -> dict[tuple[str, str], list[flo
     found, gains = groups(records, CUTS), {}
     for (row, aim), some in found.items():
         other = {one["seed"]: one for one in found.get(("uniform", row if aim == OWN else aim), ())}
-        pairs = [(one, other[one["seed"]]) for one in some if row != "uniform" and one["seed"] in other]
+        both = [(one, other[one["seed"]]) for one in some if row != "uniform" and one["seed"] in other]
+        pairs = [(one, base) for one, base in both if abs(one["macs_share"] - base["macs_share"]) < NEAR]
         if pairs:
             gains[row, aim] = [100 * (one["fine_tuned"]["test"] - base["fine_tuned"]["test"]) for one, base in pairs]
     return gains
