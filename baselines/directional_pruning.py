@@ -38,6 +38,7 @@ Where the published part deviates:
 
 Reported by the authors' logs (last epoch, ten seeds, CIFAR-10): test accuracy in % at the % of all parameters that are
 zero; SGD without momentum and decay beside it. Nothing is reported for channels or macs.
+Ours: `python -m benchmarks.trained_papers`; no run on CIFAR-10 so far.
 
     | network       | SGD   | mu .4        | .501, .51    | .55          | .6           | .65          | .7            |
     |---------------|-------|--------------|--------------|--------------|--------------|--------------|---------------|
