@@ -37,8 +37,7 @@ Where the published part deviates:
   shipped 30ep and 140ep scripts call a file whose schedule is commented out; neither is followed.
 
 Reported by the authors' logs (last epoch, ten seeds, CIFAR-10): test accuracy in % at the % of all parameters that are
-zero; SGD without momentum and decay beside it. Nothing is reported for channels or macs.
-Ours: `python -m benchmarks.trained_papers`; no run on CIFAR-10 so far.
+zero, SGD without momentum and decay beside it; nothing on channels. Ours, to be run: `benchmarks.trained_papers`.
 
     | network       | SGD   | mu .4        | .501, .51    | .55          | .6           | .65          | .7            |
     |---------------|-------|--------------|--------------|--------------|--------------|--------------|---------------|

@@ -48,7 +48,7 @@ from baselines.polarization_scales import (
     sites,
     widest_gap,
 )
-from baselines.polarization_search import search, settings_at, trial_of
+from baselines.polarization_search import search, searched, settings_at, trial_of
 from prune_env.config import make_problem, make_task
 from prune_env.envs.dynamics import Problem
 from prune_env.pruning.graph import LayerGraph
@@ -621,6 +621,15 @@ def test_the_real_trial_trains_and_counts_what_its_own_ratios_save(task: Task) -
     saved = 1 - float(graph.cost["macs"](kept)) / graph.macs(Plan({}))
     assert trial(SHORT.strength, SHORT.t) == pytest.approx(saved)
     assert 0 < saved < 1
+
+
+def test_a_searched_method_prunes_what_its_best_trial_trained(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(polarization_settings.EPOCHS, "digits", 1)
+    method = searched(task, 0.6, seed=2, trials=1)
+    assert "lambda 0.0001 and t 1.2" in method.paper
+    saved = trial_of(task, seed=2)(1e-4, 1.2)
+    result = prune(method, task, budget=1.0, seed=2, progress=lambda *told: pytest.fail("trained again"), **PLAIN)
+    assert 1 - result.search.macs / count_macs(task.network, task.example) == pytest.approx(saved)
 
 
 def test_a_published_lambda_is_scaled_as_the_defaults_are(task: Task) -> None:
