@@ -40,7 +40,7 @@ SHAPES = {
     "wrn-40-4": (3, 32),
 }
 """Network -> channels and side of its images."""
-FAST = ("cnn", "resnet20", "lenet300100")
+FAST = ("cnn", "lenet300100")
 REFUSED = {
     ("lenet300100", "polarization"): r"no prunable group passes through a BatchNorm with a scale \(ip1: no norm",
     ("lenet300100", "slimming"): r"no prunable group passes through a BatchNorm with a scale \(ip1: no norm",
