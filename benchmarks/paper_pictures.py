@@ -218,7 +218,7 @@ def sparsity_figure(task: str, grda: Record, sgd: Record) -> Figure:
     _title(
         drawn,
         f"{task}: {last['sparsity']:.0%} of the parameters are zero after {last['epoch']} epochs of gRDA, "
-        f"{gap:+.2f} points against SGD",
+        f"{gap:+.2f} points against SGD on the search split",
     )
     return drawn
 
