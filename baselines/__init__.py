@@ -6,7 +6,16 @@ import difflib
 import math
 from typing import Any
 
-from baselines import heuristics, merging_redundancy, neuron_merging, provable_filter_pruning
+from baselines import (
+    channel_gating,
+    directional_pruning,
+    heuristics,
+    merging_redundancy,
+    neuron_merging,
+    polarization,
+    provable_filter_pruning,
+    scop,
+)
 from baselines.method import Case, Method, Result, run
 from baselines.policy import CountsPolicy, MethodPolicy
 from baselines.search import search_method
@@ -31,6 +40,13 @@ METHODS: dict[str, Method] = {
     "neuron_merging": neuron_merging.NEURON_MERGING,
     "merge_cost": merging_redundancy.MERGE_COST,
     "merging_clusters": merging_redundancy.MERGING_CLUSTERS,
+    "polarization": polarization.POLARIZATION,
+    "slimming": polarization.SLIMMING,
+    "scop": scop.SCOP,
+    "scop_negative": scop.SCOP_NEGATIVE,
+    "scop_fdr": scop.SCOP_FDR,
+    "directional_pruning": directional_pruning.DIRECTIONAL,
+    "channel_gating_surrogate": channel_gating.SURROGATE,
     "random_search": search_method("random_search"),
     "cem": search_method("cem"),
     "evolution": search_method("evolution"),
@@ -115,7 +131,8 @@ def policy(method: str | Method, problem: Problem, *, budget: float | int | None
 
     Args:
         method: A name in `METHODS`, or a `Method` of your own.
-        problem: The decision problem that is played: `env.unwrapped.problem`.
+        problem: The decision problem that is played: `env.unwrapped.problem`. Of a method that trains first, that of
+            the task it prepared: `make_problem(method.prepare(task, seed, None))`.
         budget: A share or an absolute number; None reads each episode's budget from the observation.
         seed: Seed of all that the method draws.
 

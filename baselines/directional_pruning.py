@@ -37,7 +37,7 @@ Where the published part deviates:
   shipped 30ep and 140ep scripts call a file whose schedule is commented out; neither is followed.
 
 Reported by the authors' logs (last epoch, ten seeds, CIFAR-10): test accuracy in % at the % of all parameters that are
-zero; SGD without momentum and decay beside it. Nothing is reported for channels or macs.
+zero, SGD without momentum and decay beside it; nothing on channels. Ours, to be run: `benchmarks.trained_papers`.
 
     | network       | SGD   | mu .4        | .501, .51    | .55          | .6           | .65          | .7            |
     |---------------|-------|--------------|--------------|--------------|--------------|--------------|---------------|
@@ -50,7 +50,7 @@ zero; SGD without momentum and decay beside it. Nothing is reported for channels
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -65,8 +65,7 @@ from baselines.grda import GRDA, check_constants, strength
 from baselines.method import Case, Method, Scores
 from baselines.preparation import prepared_task
 from prune_env.pruning.tracing import trace
-from prune_env.tasks.datasets import DATASETS
-from prune_env.tasks.dense import recipe
+from prune_env.tasks.dense import usual_training
 from prune_env.tasks.task import Task
 from prune_env.tasks.training import Hook, TrainingState, TrainSettings
 from prune_env.tasks.training.loop import Progress
@@ -174,7 +173,14 @@ def shortened(settings: Directional, task: Task, *, epochs: int = SHORT_EPOCHS, 
     return replace(settings, c=settings.c * there / here, epochs=epochs, lr=lr, batch_size=None)
 
 
-def sparse(task: Task, seed: int = 0, progress: Progress | None = None, *, settings: Directional | None = None) -> Task:
+def sparse(
+    task: Task,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    settings: Directional | None = None,
+    watch: Sequence[Hook] = (),
+) -> Task:
     """The task with its network trained by gRDA on all parameters, as published; from the cache, or taken up again.
 
     Args:
@@ -182,6 +188,7 @@ def sparse(task: Task, seed: int = 0, progress: Progress | None = None, *, setti
         seed: Seed of order and augmentation.
         progress: Told about every step.
         settings: None takes the published ones, `shortened`.
+        watch: Hooks that look at the training and change nothing.
 
     Raises:
         TrainingDiverged: The loss became NaN or Inf.
@@ -193,7 +200,7 @@ def sparse(task: Task, seed: int = 0, progress: Progress | None = None, *, setti
         method="directional_sparse",
         constants={"version": VERSION, "c": chosen.c, "mu": chosen.mu},
         training=training,
-        hooks=lambda network: [_schedule(training)],
+        hooks=lambda network: [_schedule(training), *watch],
         optimizer=lambda network, _: GRDA(network.parameters(), lr=chosen.lr, c=chosen.c, mu=chosen.mu),
         progress=progress,
     )
@@ -242,10 +249,7 @@ def structured(
 
 def _training(task: Task, *, epochs: int, lr: int | float, batch_size: int | None, seed: int) -> TrainSettings:
     """The task's usual training without decay and label smoothing; momentum is not read by gRDA."""
-    if task.data in DATASETS:
-        usual = recipe(task.data, task.network_name, seed=seed)
-    else:  # data of a user's own: nothing is known of what may be done to its images
-        usual = TrainSettings(crop=0, flip=False, dtype="float32", seed=seed)
+    usual = usual_training(task.data, task.network_name, seed=seed)
     size = usual.batch_size if batch_size is None else batch_size
     return replace(usual, epochs=epochs, lr=float(lr), batch_size=size, weight_decay=0.0, label_smoothing=0.0)
 

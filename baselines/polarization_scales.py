@@ -27,6 +27,9 @@ UPPER = 1.0
 BINS = 100
 """Bins of the histogram between the poles, each .01 wide."""
 
+LIMIT = 0.2
+"""A lower pole ends below it; the authors' code warns of a threshold above it."""
+
 Threshold = Callable[[Float[np.ndarray, " channel"]], float]
 """|gamma| of a group's channels -> the value above which channels stay."""
 
@@ -148,7 +151,9 @@ def _valley(scales: Float[np.ndarray, " channel"]) -> tuple[float | None, int]:
 
 
 def widest_gap(scales: Float[np.ndarray, " channel"]) -> float:
-    """The scale below the widest gap between neighbours; -inf, so that all stay, if it is less than two bins wide.
+    """The scale below the widest gap between neighbours; -inf, so that all stay, if no pole at 0 ends there.
+
+    That is so where the gap is less than two bins wide, or begins above `LIMIT`.
 
     Args:
         scales: |gamma| of one group.
@@ -157,7 +162,8 @@ def widest_gap(scales: Float[np.ndarray, " channel"]) -> float:
     gaps = np.diff(ordered)
     if not len(gaps) or gaps.max() < 2 * UPPER / BINS:
         return -np.inf
-    return float(ordered[np.argmax(gaps)])
+    below = float(ordered[np.argmax(gaps)])
+    return below if below <= LIMIT else -np.inf
 
 
 def own_counts(worth: Scores, graph: LayerGraph, *, threshold: Threshold = clear_valley) -> Int64[np.ndarray, " group"]:

@@ -6,10 +6,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from baselines.polarization import prepare
+from baselines.method import Method
+from baselines.polarization import POLARIZATION, TITLE, prepare
 from baselines.polarization_scales import Threshold, by_group, clear_valley, own_counts
 from baselines.polarization_settings import Settings, published, scaled
 from prune_env.pruning.tracing import trace
@@ -164,3 +166,36 @@ def trial_of(
         return 1 - float(cost(np.maximum(kept, 1)) / cost(graph.full))
 
     return train_and_count
+
+
+def searched(
+    task: Task,
+    budget: float,
+    *,
+    seed: int = 0,
+    resource: str = "macs",
+    trials: int = TRIALS,
+    progress: Progress | None = None,
+) -> Method:
+    """Polarization with the lambda and t that algorithm 1 finds for a budget; its trainings are kept in the cache.
+
+    Args:
+        task: Whose network; it is left as it is.
+        budget: Share of the dense cost to be kept, between 0 and 1.
+        seed: Seed of the trainings; `prune` with the same finds the best one in the cache.
+        resource: `macs` or `params`.
+        trials: Most trainings.
+        progress: Told about every step.
+
+    Raises:
+        ValueError: A number outside its range, or a network without a prunable channel that a BatchNorm scales.
+        TrainingDiverged: The loss became NaN or Inf.
+    """
+    aim = trial_of(task, seed=seed, resource=resource, progress=progress)
+    best = search(aim, 1 - budget, trials=trials).best
+    return dataclasses.replace(
+        POLARIZATION,
+        name="polarization_searched",
+        paper=f"{TITLE}: lambda {best.strength:g} and t {best.t:g}, by algorithm 1",
+        prepare=partial(prepare, settings=partial(settings_at, strength=best.strength, t=best.t)),
+    )

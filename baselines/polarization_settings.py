@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from baselines.polarization_scales import UPPER
-from prune_env.tasks.datasets import DATASETS
-from prune_env.tasks.dense import recipe
+from prune_env.tasks.dense import usual_training
 from prune_env.tasks.task import Task
 from prune_env.tasks.training import TrainSettings
 from prune_env.tasks.training.settings import one_cycle
@@ -84,7 +83,7 @@ class Settings:
             ValueError: A value that is not allowed; names the field.
         """
         return dataclasses.replace(
-            dense_training(task, seed=seed),
+            usual_training(task.data, task.network_name, seed=seed),
             epochs=self.epochs,
             lr=self.lr,
             batch_size=self.batch_size,
@@ -135,7 +134,7 @@ def published(task: Task, *, table: Mapping[str, Settings] = PAPER) -> Settings:
     return table.get(task.network_name, table[OTHERS])
 
 
-def scaled(task: Task, *, table: Mapping[str, Settings] = PAPER) -> Settings:
+def scaled(task: Task, *, table: Mapping[str, Settings] = PAPER, epochs: int | None = None) -> Settings:
     """Published settings on this project's budget: from the trained network, fewer epochs, one cycle, the same travel.
 
         lambda_ours = lambda_published sum(published rates) / sum(our rates), both over all steps
@@ -146,28 +145,17 @@ def scaled(task: Task, *, table: Mapping[str, Settings] = PAPER) -> Settings:
     Args:
         task: Whose network.
         table: Network -> settings.
+        epochs: Passes over the training split; None takes one for `SHARE` published ones, or the data set's own.
     """
-    row, dense = published(task, table=table), dense_training(task, seed=0)
+    row, dense = published(task, table=table), usual_training(task.data, task.network_name, seed=0)
     theirs = row.travel(math.ceil(IMAGES.get(task.network_name, 50_000) / row.batch_size))
     ours = dataclasses.replace(
         row,
         strength=1.0,
-        epochs=EPOCHS.get(task.data, row.epochs // SHARE),
+        epochs=EPOCHS.get(task.data, row.epochs // SHARE) if epochs is None else epochs,
         schedule=(),
         batch_size=dense.batch_size,
         label_smoothing=dense.label_smoothing,
         start=None,
     )
     return dataclasses.replace(ours, strength=theirs / ours.travel(max(1, len(task.train) // ours.batch_size)))
-
-
-def dense_training(task: Task, *, seed: int) -> TrainSettings:
-    """The dense training of the task's data; of images of the user's own nobody knows whether they may be moved.
-
-    Args:
-        task: Whose data.
-        seed: Seed of order and augmentation.
-    """
-    if task.data in DATASETS:
-        return recipe(task.data, task.network_name, seed=seed)
-    return TrainSettings(crop=0, flip=False, seed=seed)

@@ -23,8 +23,7 @@ from baselines.scop_layers import Control, ControlledNetwork, permuted, writers_
 from prune_env.envs.dynamics import Problem
 from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.measure import evaluating
-from prune_env.tasks.datasets import DATASETS
-from prune_env.tasks.dense import recipe
+from prune_env.tasks.dense import usual_training
 from prune_env.tasks.images import ArrayImages, Split
 from prune_env.tasks.normalisation import Normalisation
 from prune_env.tasks.prepared import train_once
@@ -36,6 +35,8 @@ STEPS = 1000
 """Steps of the scaled default: eight times as many as beta needs from 1/2 to an end of its range."""
 MOST_EPOCHS = 30
 """Where an epoch has few steps, the scaled default stops here."""
+NETWORK = "cnn"
+"""Of a usual training only the learning rate depends on the network, and that is not used."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,12 @@ class Settings:
             images: Size of the training split.
             seed: Seed of order, augmentation and control.
         """
-        usual = usual_training(data, seed)
+        usual = usual_training(data, NETWORK, seed=seed)
         batch = self.batch_size or usual.batch_size
         epochs = self.epochs or min(MOST_EPOCHS, -(-STEPS // max(1, images // batch)))
         # Neither decay nor smoothing: beta alone learns, and the paper decays weights in fine-tuning only.
         changes = {"lr": self.rate, "weight_decay": 0.0, "label_smoothing": 0.0}
         return dataclasses.replace(usual, epochs=epochs, batch_size=batch, **changes)
-
-
-def usual_training(data: str, seed: int) -> TrainSettings:
-    """Augmentation, batch size, precision and threads of a data set's usual training."""
-    if data in DATASETS:
-        # Of the recipe only the learning rate depends on the network, and that is not used.
-        return recipe(data, "cnn", seed=seed)
-    return TrainSettings(crop=0, flip=False, dtype="float32", threads=1, seed=seed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from baselines import METHODS
-from baselines.method import Case, choices_of, given_scores
+from baselines.method import Case, choices_of, given_scores, unprepared
 from prune_env.config import EnvConfig
 from prune_env.envs.dynamics import Problem, open_steps
 from prune_env.envs.reward import REWARDS
@@ -48,9 +48,13 @@ from prune_env.tasks.task import Task, make_task
 
 CRITERIA = (
     *IMPORTANCES,
-    *(name for name, method in METHODS.items() if method.importance is not given_scores and name not in IMPORTANCES),
+    *(
+        name
+        for name, method in METHODS.items()
+        if method.importance is not given_scores and method.prepare is unprepared and name not in IMPORTANCES
+    ),
 )
-"""Importances by name, then the methods with scores that no importance has."""
+"""Importances by name, then the methods with scores that no importance has, save those whose scores are trained."""
 LONG = 10.0
 """Seconds of a call after which it is not repeated."""
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -12,7 +12,7 @@ import torch
 from prune_env.pruning.gating.layer import Decide
 from prune_env.pruning.gating.network import GatedNetwork, attach
 from prune_env.pruning.tracing import trace
-from prune_env.tasks.dense import recipe
+from prune_env.tasks.dense import usual_training
 from prune_env.tasks.prepared import train_once
 from prune_env.tasks.task import Task
 from prune_env.tasks.training import Hook, TrainingState, TrainSettings, train
@@ -66,7 +66,7 @@ def deciding(gated: GatedNetwork, decide: Decide | None) -> Iterator[GatedNetwor
 
 def gate_settings(task: Task, *, epochs: int, lr: float = LEARNING_RATE, seed: int = 0) -> TrainSettings:
     """The dense training's recipe, shorter and with a lower peak."""
-    return dataclasses.replace(recipe(task.data, task.network_name, seed=seed, epochs=epochs), lr=lr)
+    return usual_training(task.data, task.network_name, seed=seed, epochs=epochs, lr=lr)
 
 
 def gates_hook(gated: GatedNetwork, settings: TrainSettings) -> Hook:

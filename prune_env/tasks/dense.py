@@ -75,6 +75,24 @@ def recipe(data: str, network: str, *, seed: int, **changes: object) -> TrainSet
     return TrainSettings(**{**usual, **{name: value for name, value in changes.items() if value is not None}})
 
 
+def usual_training(data: str, network: str, *, seed: int, **changes: object) -> TrainSettings:
+    """The recipe; for images of a user's own, of which nobody knows whether they may be moved, one that moves none.
+
+    Args:
+        data: Name of the data set.
+        network: Name of the network; not read where the data are a user's own.
+        seed: Seed of order and augmentation.
+        **changes: Fields of `TrainSettings` to set otherwise; None leaves them.
+
+    Raises:
+        ValueError: A value that is not allowed; names the field.
+    """
+    if data in DATASETS:
+        return recipe(data, network, seed=seed, **changes)
+    given = {name: value for name, value in changes.items() if value is not None}
+    return TrainSettings(**{"crop": 0, "flip": False, "dtype": "float32", "seed": seed, **given})
+
+
 def writable_root(root: Path | None = None) -> Path:
     """The data root where it may be written, else the user's cache: data are often kept read-only."""
     root = root or data_root()

@@ -428,7 +428,7 @@ def test_the_surrogate_method_scores_the_groups_that_gates_write(task: Task, mon
 
     monkeypatch.setattr(channel_gating, "prepared", untrained)
     problem = make_problem(task, budget=0.5)
-    case = case_of(channel_gating.CG_STATIC, problem, task=task)
+    case = case_of(channel_gating.SURROGATE, problem, task=task)
     assert case.scores.keys() == problem.scores.keys()
     gated = untrained(task, GatingSettings(QUICK))
     for name, scores in case.scores.items():

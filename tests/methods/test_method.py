@@ -26,6 +26,8 @@ from tests.methods.own_tasks import own_task
 
 KINDS = ("chain", "residual", "grouped", "depthwise")
 """A chain with a flatten, a residual stream, grouped convolutions, an inverted residual."""
+SELF_DECIDING = {"polarization", "scop_negative", "scop_fdr", "directional_pruning"}
+"""Methods whose own ratios may be below any budget."""
 PLAIN: dict[str, Any] = {"recalibrate": False, "refit": False, "calibration_images": 96}
 
 
@@ -38,7 +40,8 @@ def built() -> dict[Any, Any]:
 @pytest.fixture(autouse=True)
 def build_once(built: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def make_once(task: Task, **options: Any) -> Problem:
-        key = (task, tuple(options.items()))
+        # What a method prepared is read from the same file each time.
+        key = (task.name, task.weights, tuple(options.items()))
         if key not in built:
             built[key] = make_problem(task, **options)
         return built[key]
@@ -63,19 +66,26 @@ def test_every_method_keeps_its_budget_as_torch_counts_it(task: Task, method: st
         assert all(count >= 1 for count in result.counts.values())
 
 
-def test_keeping_everything_is_the_identity(task: Task) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_keeping_everything_is_the_identity_of_the_network_that_was_prepared(task: Task, method: str) -> None:
     x, full = example(5), Plan.full(trace(task.network, task.example))
+    aims = ({"keep": 1.0},) if method in SELF_DECIDING else ({"keep": 1.0}, {"budget": 1.0})
+    prepared = METHODS[method].prepare(task, 0, None).network
     with torch.no_grad():
-        dense = task.network(x)
-        for method in METHODS:
-            for aim in ({"keep": 1.0}, {"budget": 1.0}):
-                result = prune(method, task, **aim, calibration_images=96)
-                assert result.plan == full, method
-                torch.testing.assert_close(result.network(x), dense)
-                assert (result.search.macs, result.search.params) == (
-                    count_macs(task.network, x),
-                    count_params(task.network),
-                )
+        for aim in aims:
+            result = prune(method, task, **aim, calibration_images=96)
+            assert result.plan == full
+            torch.testing.assert_close(result.network(x), prepared(x))
+            assert (result.search.macs, result.search.params) == (count_macs(task.network, x), count_params(prepared))
+
+
+@pytest.mark.parametrize("method", SELF_DECIDING)
+def test_a_budget_that_own_ratios_do_not_need_changes_nothing(method: str) -> None:
+    task = own_task("residual")
+    free = prune(method, task, budget=1.0, **PLAIN)
+    share = free.search.macs / count_macs(task.network, example())
+    assert share < 1
+    assert prune(method, task, budget=(1 + share) / 2, **PLAIN).plan == free.plan
 
 
 def test_a_budget_at_the_reachable_minimum_gives_the_smallest_network_and_less_is_refused(task: Task) -> None:

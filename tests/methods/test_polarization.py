@@ -18,7 +18,6 @@ from torch import nn
 from baselines import polarization_settings, prune
 from baselines.method import Case, Method, case_of, plan_of
 from baselines.polarization import (
-    METHODS,
     PAPER,
     POLARIZATION,
     POLARIZATION_PAPER,
@@ -49,7 +48,7 @@ from baselines.polarization_scales import (
     sites,
     widest_gap,
 )
-from baselines.polarization_search import search, settings_at, trial_of
+from baselines.polarization_search import search, searched, settings_at, trial_of
 from prune_env.config import make_problem, make_task
 from prune_env.envs.dynamics import Problem
 from prune_env.pruning.graph import LayerGraph
@@ -70,6 +69,9 @@ PLAIN = {"recalibrate": False, "refit": "none", "calibration_images": 96}
 
 vectors = st.lists(st.floats(-1, 1), min_size=1, max_size=12).map(lambda v: torch.tensor(v, dtype=torch.float64))
 ts = st.floats(-2.5, 2.5)
+
+
+METHODS = {method.name: method for method in (POLARIZATION, POLARIZATION_PAPER, SLIMMING)}
 
 
 def column(*values: float) -> torch.Tensor:
@@ -104,7 +106,7 @@ def with_scales(network: nn.Module, graph: LayerGraph, values: dict[str, list[fl
 
 def short(method: Method, **changes: object) -> Method:
     """The method with a training of seconds."""
-    regulariser = "network_slimming" if method is SLIMMING else "polarization"
+    regulariser = "slimming" if method is SLIMMING else "polarization"
     settings = replace(SHORT, **changes)
     return replace(method, prepare=partial(prepare, settings=lambda task: settings, regulariser=regulariser))
 
@@ -300,6 +302,8 @@ HUMP = histogram({1: 1, 2: 3, 3: 2, 4: 5, 5: 4, 6: 1})
         (HUMP, 0.03, -math.inf),  # no pole at 0: a dent is no valley
         (histogram({0: 30, 1: 5, 2: 7, 60: 9}), 0.01, 0.025),  # a dent in the lower pole: the gap decides
         (np.array([0.001, 1.3, 1.4]), 0.01, 0.01),  # a network that was never clamped
+        # A dent, and a gap far from 0: what lies below it is no pole, so nothing goes.
+        (histogram({0: 3, 1: 2, 2: 3, 11: 1, 21: 1, 31: 1, 70: 5}), 0.01, -math.inf),
     ],
 )
 def test_thresholds_of_hand_made_histograms(scales: np.ndarray, coded: float, guarded: float) -> None:
@@ -319,7 +323,8 @@ def test_the_valley_is_the_one_that_the_authors_code_finds() -> None:
 
 
 def test_the_widest_gap_by_hand() -> None:
-    assert widest_gap(np.array([0.9, 0.1, 0.3, 0.35])) == pytest.approx(0.35)
+    assert widest_gap(np.array([0.9, 0.1, 0.13, 0.15])) == pytest.approx(0.15)
+    assert widest_gap(np.array([0.9, 0.1, 0.3, 0.35])) == -math.inf
     assert widest_gap(np.array([0.1, 0.115, 0.13])) == -math.inf
     assert widest_gap(np.array([0.4])) == -math.inf
 
@@ -553,13 +558,6 @@ def test_what_cannot_be_is_refused(changes: dict[str, object], message: str) -> 
         replace(SHORT, **changes)
 
 
-def test_the_table_holds_the_methods_under_their_names() -> None:
-    assert {name: method.name for name, method in METHODS.items()} == {
-        name: name for name in ("polarization", "polarization_paper", "network_slimming")
-    }
-    assert METHODS["polarization_paper"] is POLARIZATION_PAPER
-
-
 # --- algorithm 1 -----------------------------------------------------------------------------------------------------
 
 
@@ -623,6 +621,15 @@ def test_the_real_trial_trains_and_counts_what_its_own_ratios_save(task: Task) -
     saved = 1 - float(graph.cost["macs"](kept)) / graph.macs(Plan({}))
     assert trial(SHORT.strength, SHORT.t) == pytest.approx(saved)
     assert 0 < saved < 1
+
+
+def test_a_searched_method_prunes_what_its_best_trial_trained(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(polarization_settings.EPOCHS, "digits", 1)
+    method = searched(task, 0.6, seed=2, trials=1)
+    assert "lambda 0.0001 and t 1.2" in method.paper
+    saved = trial_of(task, seed=2)(1e-4, 1.2)
+    result = prune(method, task, budget=1.0, seed=2, progress=lambda *told: pytest.fail("trained again"), **PLAIN)
+    assert 1 - result.search.macs / count_macs(task.network, task.example) == pytest.approx(saved)
 
 
 def test_a_published_lambda_is_scaled_as_the_defaults_are(task: Task) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import baselines
 from baselines import METHODS, CountsPolicy, policy, prune
-from baselines.method import given_repair, given_scores
+from baselines.method import case_of, given_repair, given_scores, unprepared
+from prune_env.config import make_problem
 from prune_env.envs.channel_pruning import ChannelPruningEnv
 from prune_env.envs.dynamics import Problem
 from prune_env.pruning.plan import Plan
@@ -36,6 +39,18 @@ def problem(task: Task) -> Problem:
     return baselines.make_problem(task, budget=0.5, **OPTIONS)
 
 
+@pytest.fixture(scope="module")
+def pose(task: Task, problem: Problem) -> Callable[[str], Problem]:
+    """The problem of the network that a method prepared: what its policy is made for."""
+
+    @cache
+    def posed(method: str) -> Problem:
+        prepare = METHODS[method].prepare
+        return problem if prepare is unprepared else make_problem(prepare(task, 0, None), budget=0.5, **OPTIONS)
+
+    return posed
+
+
 def played(env: ChannelPruningEnv, player: Any, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """The info at the end of an episode."""
     seen, info = env.reset(seed=0, options=options)
@@ -47,16 +62,27 @@ def played(env: ChannelPruningEnv, player: Any, options: dict[str, Any] | None =
     return info
 
 
-@pytest.mark.parametrize("method", ALLOCATIONS)
-def test_the_env_arrives_at_the_methods_plan(task: Task, problem: Problem, method: str) -> None:
-    env = ChannelPruningEnv(problem=problem)
-    info = played(env, policy(method, problem, seed=4))
-    assert Plan.from_json(info["plan"]) == prune(method, task, budget=0.5, seed=4, **OPTIONS).plan
+@pytest.mark.parametrize("method", METHODS)
+def test_the_env_arrives_at_the_methods_counts(pose: Callable[[str], Problem], method: str) -> None:
+    problem = pose(method)
+    info = played(ChannelPruningEnv(problem=problem), policy(method, problem, seed=4))
+    counts = METHODS[method].allocate(case_of(METHODS[method], problem, seed=4))
+    np.testing.assert_array_equal(np.array(info["counts"])[list(problem.steps)], counts)
     assert info["budget_met"]
 
 
 @pytest.mark.parametrize("method", ALLOCATIONS)
-def test_sb3_evaluates_a_policy_and_reports_the_methods_accuracy(task: Task, problem: Problem, method: str) -> None:
+def test_the_env_arrives_at_the_methods_plan(task: Task, pose: Callable[[str], Problem], method: str) -> None:
+    problem = pose(method)
+    info = played(ChannelPruningEnv(problem=problem), policy(method, problem, seed=0))
+    assert Plan.from_json(info["plan"]) == prune(method, task, budget=0.5, seed=0, **OPTIONS).plan
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS)
+def test_sb3_evaluates_a_policy_and_reports_the_methods_accuracy(
+    task: Task, pose: Callable[[str], Problem], method: str
+) -> None:
+    problem = pose(method)
     envs = DummyVecEnv([lambda: Monitor(ChannelPruningEnv(problem=problem)) for _ in range(2)])
     reward, spread = evaluate_policy(policy(method, problem), envs, n_eval_episodes=3)
     assert reward == pytest.approx(prune(method, task, budget=0.5, **OPTIONS).search.accuracy)
