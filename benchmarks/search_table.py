@@ -10,9 +10,7 @@ episode, chosen on the search split as a search's is. What was interrupted goes 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -26,7 +24,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from agents import search_baselines, train
 from agents.algorithms import ALGORITHMS
 from agents.cli import INTERRUPTED
-from agents.config import TrainConfig, unknown
+from agents.config import TrainConfig, own_settings, unknown
+from agents.intervals import interval
 from agents.record import RunFolder
 from agents.search_config import SearchConfig
 from baselines.search import OPTIMISERS
@@ -43,12 +42,6 @@ COMMON = (
 
 RECORDED = ("task", "epochs", "budget", "importance", "refit", "recalibrate", "calibration_images", "seed")
 """Fields of a run that its record repeats under the same name."""
-
-QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""Student's t at .975 for 1 to 30 degrees of freedom; for more, the last is a little too wide."""
 
 HEADS = (
     "plan", "evaluations", "search accuracy, %", "test accuracy before fine-tuning, %", "95 % of its mean",
@@ -198,13 +191,6 @@ def facts(settings: Settings, cell: Cell) -> Record:
     return {"method": cell.method, "evaluations": cell.evaluations, "weights": weights, **common}
 
 
-def own_settings(config: TrainConfig) -> Record:
-    """Fields in which a method differs from the others."""
-    usual = type(config)()
-    names = [field.name for field in dataclasses.fields(config) if field.name not in COMMON]
-    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(usual, name)}
-
-
 def search_seconds(run: Path) -> float:
     """Seconds of a run's evaluations and learning, all its processes together; neither its task nor its report.
 
@@ -232,7 +218,7 @@ def recorded_run(settings: Settings, cell: Cell) -> Record:
     return {
         **facts(settings, cell),
         "spent": len(run.read_episodes()),
-        "own": own_settings(run.config),
+        "own": own_settings(run.config, decided=COMMON),
         "threads": run.config.threads,
         "seconds": round(search_seconds(run.path), 2),
         "rows": {
@@ -269,21 +255,6 @@ def made(settings: Settings, cell: Cell) -> Record:
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, json.dumps(record, indent=2))
     return record
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95 % t-interval of a mean; None for fewer than two values."""
-    n = len(values)
-    if n < 2:
-        return None
-    return QUANTILES[min(n - 1, len(QUANTILES)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
-
-
-def interval(values: Sequence[float], *, form: str = ".2f") -> str:
-    """The 95 % t-interval of a mean and the number of values."""
-    mean, half = float(np.mean(values)), half_width(values)
-    ends = "" if half is None else f"{mean - half:{form}} to {mean + half:{form}}, "
-    return f"{ends}n = {len(values)}"
 
 
 def percent(rows: Mapping[int, Record], split: str) -> list[float]:
