@@ -48,8 +48,8 @@ class Order:
     """Results folder to go on with; what is compared is its own."""
     report_only: Path | None = None
     """Results folder to report on as it is; measures nothing."""
-    verify: Path | None = None
-    """Record (DIR/cells/NAME.json) whose cell is measured anew and compared with it."""
+    verify: tuple[Path, ...] = ()
+    """Records (DIR/cells/NAME.json) whose cells are measured anew, from nothing, and compared with them."""
 
     def __post_init__(self) -> None:
         if self.executor not in EXECUTORS:
@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     order, console = parse(Order, arguments, program=PROGRAM), Console()
-    if order.verify is not None:
-        return verified(order.verify, console)
+    if order.verify:
+        return max([verified(file, console) for file in order.verify])
     if order.report_only is not None:
         return _report(Store.open(order.report_only), console)
     if order.resume is not None:

@@ -26,8 +26,10 @@ from agents.config import TrainConfig, own_settings
 from agents.record import RunFolder
 from agents.report import fine_tuned, measure_test, row_of
 from agents.rounds import make_workers
+from agents.runtime_deploy import deployed_network
+from agents.runtime_options import network_epochs
 from agents.runtime_report import RuntimeReporter
-from agents.runtime_stages import RuntimeLearner, stages_of
+from agents.runtime_stages import RuntimeLearner
 from agents.runtime_train import create
 from agents.search import best_plan, search
 from agents.search_baselines import play
@@ -36,13 +38,15 @@ from baselines import METHODS, prune
 from baselines.method import given_repair, given_scores, unprepared
 from baselines.runtime import run_runtime
 from prune_env.envs.dynamics import Problem
-from prune_env.pruning.measure import Measurement, measure_latency
+from prune_env.pruning.engine.deployed import deploy
+from prune_env.pruning.engine.measurement import compare_latency
+from prune_env.pruning.measure import Measurement
 from prune_env.pruning.plan import Plan
 from prune_env.tasks.task import Task
 from prune_env.tasks.training.loop import Progress
 
-LATENCY_S = 0.2
-"""Seconds for which each network is timed."""
+TIMED = 3
+"""Test images that latencies are taken on."""
 
 DECIDED = ("task", "weights", "budget", "algorithm", "episodes", "seed")
 """Fields of a run that a cell decides, beside those of the protocol."""
@@ -221,24 +225,25 @@ def dense_record(work: Work) -> Record:
 def runtime_record(work: Work) -> Record:
     """The record of a method that chooses channels anew for every image. Its macs are means over images."""
     start, resumed = time.process_time(), work.folder.exists()
-    rows, facts = (runtime_agents if work.cell.method in RUNTIME_TRUSTS else runtime_baseline)(work)
+    rows, network, epochs = (runtime_agents if work.cell.method in RUNTIME_TRUSTS else runtime_baseline)(work)
     spread = rows["test"]
     row = {f"{split}_{name}": rows[split][name] for split in ("search", "test") for name in ("accuracy", "loss")}
     row |= {"params": spread["params"], "dynamic_macs": spread["dynamic_macs"]}
     row |= {f"dynamic_macs_share_{p}": share for p, share in spread["dynamic_macs_percentiles"].items()}
     forms = {"macs": spread["dynamic_macs"] / spread["dynamic_macs_share"]}
     forms["params"] = spread["params"] / spread["params_share"]
+    facts = {"importance": "own", "repair": "own", "evaluations": 0, "own": {}, "epochs": 0}
     return {
         "measured": row,
-        "facts": {"importance": "own", "repair": "own", "evaluations": 0, "own": {}, "epochs": 0, **facts},
+        "facts": facts | {"own_training": f"{epochs} epochs, network and gates"},
         "dense": {name: round(value) for name, value in forms.items()},
-        "latency": None,
+        "latency": latencies(work, network),
         "cpu_seconds": None if resumed else {"find": time.process_time() - start},
     }
 
 
-def runtime_agents(work: Work) -> tuple[Record, Record]:
-    """A run of `agents.train runtime`: its deployed network, measured, and facts."""
+def runtime_agents(work: Work) -> tuple[Record, nn.Module, int]:
+    """A run of `agents.train runtime`: its deployed network, measured, and the epochs it was trained for."""
     config = work.comparison.runtime_config(work.cell, trust=RUNTIME_TRUSTS[work.cell.method])
     path = work.folder / "run"
     learner = RuntimeLearner(work.task, config, path)
@@ -246,15 +251,14 @@ def runtime_agents(work: Work) -> tuple[Record, Record]:
         create(path, config)
     learner.run(work.tell, lambda *_: None)
     rows = RuntimeReporter(work.task, learner, path, work.tell).rows()
-    epochs = sum(stage.amount for stage in stages_of(config) if stage.kind != "agents")
-    return rows["learned"], {"own_training": f"{epochs} epochs, network and gates"}
+    learned = rows["learned"]
+    return learned, deployed_network(learner, offset=learned["offset"]), network_epochs(config)
 
 
-def runtime_baseline(work: Work) -> tuple[Record, Record]:
+def runtime_baseline(work: Work) -> tuple[Record, nn.Module, int]:
     """The same share in every layer, trained for as many epochs as the agents' network."""
     comparison, cell = work.comparison, work.cell
-    stages = stages_of(comparison.runtime_config(cell, trust=0.5))
-    epochs = sum(stage.amount for stage in stages if stage.kind != "agents")
+    epochs = network_epochs(comparison.runtime_config(cell, trust=0.5))
     result = run_runtime(
         cell.method,
         work.task,
@@ -267,18 +271,15 @@ def runtime_baseline(work: Work) -> tuple[Record, Record]:
         device=comparison.device,
     )
     found = {"search": result.search.row(), "test": result.test.row()}
-    return found, {"own_training": f"{epochs} epochs, network and gates"}
+    return found, deploy(result.gated, result.decide), epochs
 
 
 def latencies(work: Work, network: nn.Module) -> Record:
-    """Median seconds for one image, and those of the dense network right after it."""
-    timed = {}
-    for name, one in (("pruned", network), ("dense", work.task.network)):
-        example = work.task.example.to(work.comparison.device)
-        one = one.to(work.comparison.device)
-        latency = measure_latency(one, example, threads=work.comparison.threads, min_run_time=LATENCY_S)
-        timed[f"{name}_s"] = latency.median_s
-    return timed | {"threads": work.comparison.threads, "batch": 1, "dtype": "float32"}
+    """Median seconds for one image, in turns with the dense network."""
+    images = work.task.test.take(TIMED)[0].float().split(1)
+    timed = compare_latency(work.task.network, network.cpu(), images, threads=work.comparison.threads)
+    seconds = {"pruned_s": timed["deployed"].median_s, "dense_s": timed["dense"].median_s}
+    return seconds | {"threads": work.comparison.threads, "batch": 1, "dtype": "float32"}
 
 
 def measured(comparison: Comparison, cell: Cell, folder: Path, *, tell: Progress = lambda *_: None) -> Record:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from agents.cli import INTERRUPTED
 from agents.comparison import Cell
 from agents.comparison_cell import failure, work_on
 from agents.comparison_store import Store
@@ -22,8 +24,6 @@ RETRIES = 2
 
 PAUSE_S = 0.2
 """Seconds between two looks at what has ended."""
-
-INTERRUPTED = 130
 
 
 class Executor(Protocol):
@@ -56,11 +56,12 @@ class Processes:
     Args:
         folder: The results folder.
         workers: Processes at the same time.
+        method: How they start, in Python's words.
     """
 
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, folder: Path, workers: int, *, method: str = "forkserver") -> None:
         self.folder, self.slots = folder, workers
-        self.context = multiprocessing.get_context("forkserver")
+        self.context = multiprocessing.get_context(method)
         self.context.set_forkserver_preload([__name__])
         self.running: dict[Cell, Any] = {}
 
@@ -118,7 +119,7 @@ class RayTasks:
     def __init__(self, folder: Path, workers: int) -> None:
         self.ray: Any = imported_ray()
         self.folder = folder.resolve()
-        local = {} if _cluster_named() else {"num_cpus": workers, "include_dashboard": False}
+        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
         self.ray.init(log_to_driver=False, **local)
         self.slots = int(self.ray.cluster_resources().get("CPU", 1))
         # a worker that dies takes its task with it, and Ray begins it anew: its claim is then a dead process's
@@ -162,12 +163,6 @@ def imported_ray() -> Any:
         return importlib.import_module("ray")
     except ImportError:
         raise ValueError("executor 'ray' needs Ray, which is not installed: pip install 'prune-env[ray]'") from None
-
-
-def _cluster_named() -> bool:
-    import os
-
-    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 EXECUTORS: dict[str, Callable[[Path, int], Executor]] = {"processes": Processes, "ray": RayTasks}

@@ -1,0 +1,302 @@
+"""The figures of a comparison. Drawn once: as SVG whose ink follows the page's theme, and as pictures for TensorBoard.
+
+Colours of kinds are Okabe and Ito's, safe for colour-blind eyes; each kind has a marker of its own, too.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from agents.comparison_methods import DENSE
+from agents.comparison_summary import BEFORE, Summary, front, score
+
+INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6471", "#d9dde2", "#fefefe"
+THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
+"""Colours that the page's theme replaces."""
+
+KINDS = {
+    "heuristic": ("#8a8f98", "o", "heuristic"),
+    "paper": ("#E69F00", "s", "published method"),
+    "search": ("#3c9bd6", "^", "search"),
+    "learned": ("#D55E00", "D", "learned"),
+    "runtime": ("#009E73", "P", "runtime (mean macs over images)"),
+}
+"""Kind -> colour, marker, and what legends call it."""
+
+MAP = "cividis"
+"""Colour map of shares: rises in lightness, and looks the same to colour-blind eyes."""
+
+STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "grid.color": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "comparison",
+    "savefig.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """A figure and what it says.
+
+    Attributes:
+        name: For TensorBoard and file names.
+        title: The takeaway, computed from the data.
+        note: How to read it.
+        figure: The picture.
+    """
+
+    name: str
+    title: str
+    note: str
+    figure: Figure
+
+    @property
+    def svg(self) -> str:
+        """The picture for a page, in the page's colours."""
+        stream = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        with mpl.rc_context(STYLE):
+            self.figure.savefig(stream, format="svg", metadata=nothing)
+        text = stream.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        # identifiers of several pictures on one page must differ
+        text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{self.name}-", text)
+        for colour, variable in THEME.items():
+            text = text.replace(colour, variable)
+        return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img" class="figure"', text, count=1)
+
+    @property
+    def png(self) -> bytes:
+        """The picture on paper."""
+        stream = io.BytesIO()
+        self.figure.savefig(stream, format="png", dpi=110, facecolor="white", metadata={"Software": None})
+        return stream.getvalue()
+
+
+def tradeoff(rows: Sequence[Summary], dense: Summary | None) -> Figure:
+    """Accuracy against macs, params and latency as shares of the dense network's, with the front of static rows."""
+    figure = _figure(11.0, 4.3)
+    panels = figure.subplots(1, 3, sharey=True)
+    for axes, cost in zip(panels, ("macs", "params", "latency"), strict=True):
+        points = []
+        for row in rows:
+            name = "dynamic_macs_share" if cost == "macs" and row.dynamic else f"{cost}_share"
+            x, y = row.mean(name), row.mean(score(row))
+            if x is None or y is None:
+                continue
+            colour, marker, _ = KINDS[row.kind]
+            half = row.half(score(row)) or 0.0
+            axes.plot([x, x], [y - half, min(y + half, 1.0)], color=colour, linewidth=1.2, alpha=0.45, zorder=2)
+            face = "none" if row.dynamic else colour
+            axes.plot(x, y, marker, color=colour, markerfacecolor=face, markersize=7, markeredgewidth=1.4, zorder=3)
+            if not row.dynamic:
+                points.append((x, y, row.method))
+        kept = [points[i] for i in front([point[:2] for point in points])]
+        axes.plot([p[0] for p in kept], [p[1] for p in kept], color=INK, linewidth=1.3, zorder=1)
+        _label_front(axes, kept)
+        if dense is not None:
+            axes.axhline(dense.mean(BEFORE), color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
+        axes.set_xlabel(f"{cost}, share of dense")
+        axes.set_xlim(left=0, right=1.08 * max([axes.get_xlim()[1], *(point[0] for point in points)]))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        _percent(axes.yaxis)
+        _percent(axes.xaxis)
+        axes.grid(linewidth=0.6)
+    panels[0].set_ylabel("test accuracy")
+    _zoom(panels[0], [value for row in rows if (value := row.mean(score(row))) is not None], dense)
+    _legend(figure, rows, extra=[("front of the static rows", INK, "-"), ("dense network", MUTED, "--")])
+    return figure
+
+
+def by_method(rows: Sequence[Summary], dense: Summary | None, order: Sequence[str]) -> Figure:
+    """A panel a budget: each method's accuracy before (hollow) and after (filled) fine-tuning, with intervals."""
+    budgets = sorted({row.budget for row in rows}, reverse=True)
+    figure = _figure(11.0, 1.7 + 0.34 * len(order))
+    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    for axes, budget in zip(panels, budgets, strict=True):
+        for row in (row for row in rows if row.budget == budget):
+            at, colour, marker = order.index(row.method), *KINDS[row.kind][:2]
+            before, after = row.mean(BEFORE), row.mean(score(row))
+            half = row.half(score(row)) or 0.0
+            axes.plot([after - half, min(after + half, 1.0)], [at, at], color=colour, linewidth=5, alpha=0.35, zorder=2)
+            if score(row) != BEFORE:
+                axes.plot([before, after], [at, at], color=colour, linewidth=1.0, zorder=2)
+                axes.plot(before, at, marker, color=colour, markerfacecolor=PAPER, markersize=7, zorder=3)
+            axes.plot(after, at, marker, color=colour, markersize=7.5, zorder=4)
+        if dense is not None:
+            axes.axvline(dense.mean(BEFORE), color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
+        axes.set_title(aim_of(rows[0], budget), loc="left")
+        axes.set_xlabel("test accuracy")
+        axes.grid(axis="x", linewidth=0.6)
+        axes.set_yticks(range(len(order)), order)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        _percent(axes.xaxis)
+    panels[0].set_ylim(len(order) - 0.4, -0.6)
+    tuned = any(score(row) != BEFORE for row in rows)
+    _legend(figure, rows, extra=[("dense network", MUTED, "--")], hollow="before fine-tuning" if tuned else None)
+    return figure
+
+
+def profiles(rows: Sequence[Summary], order: Sequence[str]) -> Figure:
+    """Share of channels that each static method keeps in each group at one budget, means over seeds, as a heat map."""
+    rows = sorted((row for row in rows if not row.dynamic), key=lambda row: order.index(row.method))
+    groups = list(rows[0].records[0]["kept"])
+    shares = np.array([[kept_share(row, group) for group in groups] for row in rows])
+    few = len(groups) <= 16
+    figure = _figure(11.0, 2.0 + 0.34 * len(rows))
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap=MAP, vmin=0, vmax=1, aspect="auto")
+    for (i, j), share in np.ndenumerate(shares) if few else ():
+        ink = "#ffffff" if share < 0.55 else "#101010"
+        axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=9.5)
+    axes.set_yticks(range(len(rows)), [row.method for row in rows])
+    axes.set_xticks(range(len(groups)), groups, rotation=35 if few else 90, ha="right" if few else "center")
+    axes.tick_params(length=0, labelcolor=INK)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("group of channels, in forward order")
+    bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=14)
+    bar.set_label("channels kept, %")
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}"))
+    bar.outline.set_visible(False)
+    return figure
+
+
+def costs(rows: Sequence[Summary], order: Sequence[str]) -> Figure:
+    """CPU seconds that each method needs to find its plan, on a logarithmic scale, and the networks it measures."""
+    figure = _figure(11.0, 1.3 + 0.34 * len(order))
+    axes = figure.subplots()
+    for at, method in enumerate(order):
+        some = [row for row in rows if row.method == method]
+        seconds = [value for row in some for value in row.values("find")]
+        colour, marker, _ = KINDS[some[0].kind]
+        spent = sorted({int(value) for row in some for value in row.values("evaluations")})
+        text = f"{'-'.join(str(n) for n in (spent[:1] + spent[-1:] if len(spent) > 1 else spent))} evaluations"
+        if not seconds:
+            continue
+        mean = float(np.mean(seconds))
+        axes.plot([min(seconds), max(seconds)], [at, at], color=colour, linewidth=5, alpha=0.35)
+        axes.plot(mean, at, marker, color=colour, markersize=7.5)
+        said = f"{_seconds(mean)}, {text}"
+        axes.annotate(said, (max(seconds), at), (9, 0), textcoords="offset points", va="center", color=MUTED)
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * (high / low) ** 0.35)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _seconds(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(order)), order)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.set_xlabel("CPU time to find the plan (mean; bar: least and most of all seeds and budgets)")
+    axes.grid(axis="x", linewidth=0.6)
+    return figure
+
+
+def spreads(rows: Sequence[Summary]) -> Figure:
+    """Macs of single images under runtime methods: 5th to 95th percentile around the mean, shares of dense."""
+    rows = [row for row in rows if row.dynamic]
+    figure = _figure(11.0, 1.6 + 0.4 * len(rows))
+    axes = figure.subplots()
+    colour, marker, _ = KINDS["runtime"]
+    for at, row in enumerate(rows):
+        low, high = (row.mean(f"dynamic_macs_share_{p}") or 0.0 for p in ("5", "95"))
+        axes.plot([low, high], [at, at], color=colour, linewidth=6, alpha=0.4)
+        axes.plot(row.mean("dynamic_macs_share"), at, marker, color=colour, markersize=8)
+        if row.budget <= 1:
+            axes.plot([row.budget] * 2, [at - 0.35, at + 0.35], color=INK, linewidth=1.6)
+    axes.set_yticks(range(len(rows)), [f"{row.method}, {aim_of(row, row.budget)}" for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_xlabel("macs of an image, share of the dense network's (bar: 5-95 % of test images, black: budget)")
+    axes.grid(axis="x", linewidth=0.6)
+    _percent(axes.xaxis)
+    return figure
+
+
+def kept_share(row: Summary, group: str) -> float:
+    """Share of a group's channels that is kept, mean over seeds."""
+    pairs = [record["kept"][group] for record in row.records]
+    return float(np.mean([kept / channels for kept, channels in pairs]))
+
+
+def aim_of(row: Summary, budget: float) -> str:
+    """A budget in words."""
+    resource = row.records[0]["protocol"]["budget_resource"]
+    return f"{100 * budget:.3g} % of the {resource}" if budget <= 1 else f"{budget:,.0f} {resource}"
+
+
+def _seconds(value: float) -> str:
+    if value >= 3600:
+        return f"{value / 3600:.3g} h"
+    return f"{value / 60:.3g} min" if value >= 60 else f"{value:.2g} s"
+
+
+def _label_front(axes: Axes, kept: Sequence[tuple[float, float, str]]) -> None:
+    """Names of the front's points, above and to the left, where the front leaves room."""
+    last: tuple[float, float] | None = None
+    low, high = axes.get_xlim()
+    for x, y, method in kept:
+        near = last is not None and abs(x - last[0]) < 0.12 * (high - low)
+        offset = (-6, 20) if near else (-6, 7)
+        last = None if near else (x, y)
+        axes.annotate(method, (x, y), offset, textcoords="offset points", ha="right", fontsize=9, color=INK, zorder=5)
+
+
+def _zoom(axes: Axes, values: Sequence[float], dense: Summary | None) -> None:
+    """Room for all means; whiskers may leave the picture."""
+    values = [*values, *([] if dense is None else [dense.mean(BEFORE) or 1.0])]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    room = max(high - low, 0.02)
+    axes.set_ylim(low - 0.12 * room, min(high + 0.2 * room, 1.04))
+
+
+def _percent(axis: mpl.axis.Axis) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+
+
+def _legend(
+    figure: Figure, rows: Sequence[Summary], *, extra: Sequence[tuple[str, str, str]], hollow: str | None = None
+) -> None:
+    """One legend below all panels."""
+    handles = []
+    kinds: Mapping[str, None] = dict.fromkeys(row.kind for row in rows if row.method != DENSE)
+    for kind, (colour, marker, name) in KINDS.items():
+        if kind in kinds:
+            face = "none" if kind == "runtime" and hollow is None else colour
+            handles.append(Line2D([], [], color=colour, marker=marker, markerfacecolor=face, linestyle="", label=name))
+    if hollow is not None:
+        handles.append(Line2D([], [], color=MUTED, marker="o", markerfacecolor=PAPER, linestyle="", label=hollow))
+    handles += [Line2D([], [], color=colour, linestyle=style, label=name) for name, colour, style in extra]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
