@@ -16,10 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from agents.comparison_methods import DENSE
-from agents.comparison_summary import BEFORE, Summary, front, score
+from agents.comparison_summary import BEFORE, COSTS, Summary, front, score
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6471", "#d9dde2", "#fefefe"
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
@@ -101,9 +102,9 @@ class Drawing:
 
 def tradeoff(rows: Sequence[Summary], dense: Summary | None) -> Figure:
     """Accuracy against macs, params and latency as shares of the dense network's, with the front of static rows."""
-    figure = _figure(11.0, 4.3)
-    panels = figure.subplots(1, 3, sharey=True)
-    for axes, cost in zip(panels, ("macs", "params", "latency"), strict=True):
+    figure = _figure(11.0, 4.6)
+    panels, fronts = figure.subplots(1, 3, sharey=True), []
+    for axes, cost in zip(panels, COSTS, strict=True):
         points = []
         for row in rows:
             name = "dynamic_macs_share" if cost == "macs" and row.dynamic else f"{cost}_share"
@@ -119,7 +120,7 @@ def tradeoff(rows: Sequence[Summary], dense: Summary | None) -> Figure:
                 points.append((x, y, row.method))
         kept = [points[i] for i in front([point[:2] for point in points])]
         axes.plot([p[0] for p in kept], [p[1] for p in kept], color=INK, linewidth=1.3, zorder=1)
-        _label_front(axes, kept)
+        fronts.append(kept)
         if dense is not None:
             axes.axhline(dense.mean(BEFORE), color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0)
         axes.set_xlabel(f"{cost}, share of dense")
@@ -130,6 +131,8 @@ def tradeoff(rows: Sequence[Summary], dense: Summary | None) -> Figure:
         axes.grid(linewidth=0.6)
     panels[0].set_ylabel("test accuracy")
     _zoom(panels[0], [value for row in rows if (value := row.mean(score(row))) is not None], dense)
+    for axes, kept in zip(panels, fronts, strict=True):
+        _label(axes, kept)
     _legend(figure, rows, extra=[("front of the static rows", INK, "-"), ("dense network", MUTED, "--")])
     return figure
 
@@ -137,8 +140,8 @@ def tradeoff(rows: Sequence[Summary], dense: Summary | None) -> Figure:
 def by_method(rows: Sequence[Summary], dense: Summary | None, order: Sequence[str]) -> Figure:
     """A panel a budget: each method's accuracy before (hollow) and after (filled) fine-tuning, with intervals."""
     budgets = sorted({row.budget for row in rows}, reverse=True)
-    figure = _figure(11.0, 1.7 + 0.34 * len(order))
-    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    figure = _figure(11.0, 1.9 + 0.34 * len(order))
+    panels = figure.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
     for axes, budget in zip(panels, budgets, strict=True):
         for row in (row for row in rows if row.budget == budget):
             at, colour, marker = order.index(row.method), *KINDS[row.kind][:2]
@@ -173,7 +176,7 @@ def profiles(rows: Sequence[Summary], order: Sequence[str]) -> Figure:
     axes = figure.subplots()
     image = axes.imshow(shares, cmap=MAP, vmin=0, vmax=1, aspect="auto")
     for (i, j), share in np.ndenumerate(shares) if few else ():
-        ink = "#ffffff" if share < 0.55 else "#101010"
+        ink = "#ffffff" if share < 0.45 else "#101010"
         axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=9.5)
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
     axes.set_xticks(range(len(groups)), groups, rotation=35 if few else 90, ha="right" if few else "center")
@@ -257,15 +260,51 @@ def _seconds(value: float) -> str:
     return f"{value / 60:.3g} min" if value >= 60 else f"{value:.2g} s"
 
 
-def _label_front(axes: Axes, kept: Sequence[tuple[float, float, str]]) -> None:
-    """Names of the front's points, above and to the left, where the front leaves room."""
-    last: tuple[float, float] | None = None
-    low, high = axes.get_xlim()
-    for x, y, method in kept:
-        near = last is not None and abs(x - last[0]) < 0.12 * (high - low)
-        offset = (-6, 20) if near else (-6, 7)
-        last = None if near else (x, y)
-        axes.annotate(method, (x, y), offset, textcoords="offset points", ha="right", fontsize=9, color=INK, zorder=5)
+PLACES = [(side * 8, height) for height in (6, -14, 20, -28, 34, -42, 48) for side in (-1, 1)]
+"""Where a name may stand beside its point, in order of preference: offsets in points, to the left below 0."""
+
+
+def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names of points, each at the first place where it covers no other name and no point, and stays in the panel."""
+    scale = axes.figure.dpi / 72
+    at = axes.transData.transform([point[:2] for point in points]).reshape(-1, 2) / scale
+    panel = axes.get_window_extent().get_points() / scale
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
+    for (x, y), (_, _, name) in zip(at, points, strict=True):
+        boxes = [(place, _box(x, y, place, name)) for place in PLACES]
+        free = [one for one in boxes if _inside(one[1], panel) and not any(_overlap(one[1], other) for other in taken)]
+        place, box = (free or boxes)[0]
+        taken.append(box)
+        side = "right" if place[0] < 0 else "left"
+        axes.annotate(
+            name,
+            points[len(taken) - len(points) - 1][:2],
+            place,
+            textcoords="offset points",
+            ha=side,
+            fontsize=9,
+            color=INK,
+            zorder=5,
+            path_effects=[withStroke(linewidth=2.5, foreground=PAPER)],
+        )
+
+
+Box = tuple[float, float, float, float]
+
+
+def _box(x: float, y: float, place: tuple[int, int], name: str) -> Box:
+    """Left, bottom, right and top of a name, in points; letters of this size are 5.6 points wide at most."""
+    width, left = 5.6 * len(name), x + place[0]
+    left -= width if place[0] < 0 else 0
+    return left, y + place[1] - 2, left + width, y + place[1] + 9
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _inside(box: Box, panel: np.ndarray) -> bool:
+    return bool(panel[0, 0] <= box[0] and box[2] <= panel[1, 0] and panel[0, 1] <= box[1] and box[3] <= panel[1, 1])
 
 
 def _zoom(axes: Axes, values: Sequence[float], dense: Summary | None) -> None:
@@ -293,7 +332,7 @@ def _legend(
     if hollow is not None:
         handles.append(Line2D([], [], color=MUTED, marker="o", markerfacecolor=PAPER, linestyle="", label=hollow))
     handles += [Line2D([], [], color=colour, linestyle=style, label=name) for name, colour, style in extra]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
 
 
 def _figure(width: float, height: float) -> Figure:

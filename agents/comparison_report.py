@@ -18,7 +18,7 @@ from agents import comparison_words as words
 from agents.comparison_figures import Drawing, aim_of
 from agents.comparison_methods import DENSE, kind_of
 from agents.comparison_store import Record, Store
-from agents.comparison_summary import Summary, rank_table, score, summaries
+from agents.comparison_summary import Summary, claims, rank_table, score, summaries
 from agents.comparison_tables import csv_text, markdown, used
 from prune_env.files import write
 
@@ -166,7 +166,7 @@ def html(parts: Sequence[Section], drawings: dict[str, list[Drawing]]) -> str:
         for drawing in drawings[part.task]:
             svg = drawing.svg.replace(f"{drawing.name}-", f"{drawing.name}{number}-")
             body += page.figure(drawing.title, drawing.note, svg)
-        body += [*_ranks(part), *_rows(part), *_failures(part), *_missing(part)]
+        body += [*_ranks(part), *_claims(part), *_rows(part), *_failures(part), *_missing(part)]
     return page.page(title, body)
 
 
@@ -187,6 +187,34 @@ def _ranks(part: Section) -> list[str]:
         page.element("h3", words.title_of_ranks(table)),
         page.element("p", note, "note"),
         page.table(heads, lines, [kind_of(method) for method in table]),
+    ]
+
+
+def _claims(part: Section) -> list[str]:
+    found, looked = claims(part.pruned)
+    if not found:
+        return []
+    note = (
+        "Pairs of rows with the same budget, evaluations and training, seed by seed, at least 3 seeds: those whose "
+        "95 % interval of the difference excludes 0. They are not corrected for looking at many pairs."
+    )
+    lines = [
+        [
+            one.better,
+            one.worse,
+            aim_of(part.pruned[0], one.budget),
+            f"{100 * one.mean:.2f}",
+            f"{100 * (one.mean - one.half):.2f} to {100 * (one.mean + one.half):.2f}",
+            str(one.seeds),
+            str(one.evaluations),
+        ]
+        for one in found
+    ]
+    heads = ["better", "than", "budget", "points", "95 % interval", "seeds", "evaluations each"]
+    return [
+        page.element("h3", f"{len(found)} of {looked} comparable pairs differ"),
+        page.element("p", note, "note"),
+        page.table(heads, lines),
     ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from agents.comparison_figures import aim_of, kept_share
 from agents.comparison_methods import DENSE
 from agents.comparison_store import Record
-from agents.comparison_summary import BEFORE, LEAST_SEEDS, Summary, claims, front, score
+from agents.comparison_summary import BEFORE, LEAST_SEEDS, Claim, Summary, claims, front, score
 
 TUNED = "after fine-tuning"
 
@@ -31,7 +31,7 @@ def lead(rows: Sequence[Summary], records: Sequence[Record], missing: int) -> li
 def _what(rows: Sequence[Summary], records: Sequence[Record], missing: int) -> str:
     protocol = rows[0].records[0]["protocol"]
     methods = list(dict.fromkeys(row.method for row in rows))
-    aims = " and ".join(dict.fromkeys(aim_of(row, row.budget) for row in rows))
+    aims = aims_of(rows)
     seeds = sorted({seed for row in rows for seed in row.seeds})
     epochs, evaluations = protocol["fine_tune_epochs"], protocol["evaluations"]
     tuned = f"then trained for {_count(epochs, 'epoch')}" if epochs else "without any training after the cut"
@@ -57,10 +57,13 @@ def _outcome(rows: Sequence[Summary], pruned: Sequence[Summary]) -> str:
         best, worst = leader(static), min(static, key=_value)
         low = f", the lowest {worst.method} ({_accuracy(worst)})" if worst is not best else ""
         said.append(f"At {aim_of(best, budget)} {best.method} has the highest mean ({_accuracy(best)}){low}.")
-    for row in (row for row in pruned if row.dynamic):
-        said.append(f"{row.method} chooses channels anew for every image and reaches {_accuracy(row)}.")
+    dynamic = [row for row in pruned if row.dynamic]
+    for method in dict.fromkeys(row.method for row in dynamic):
+        some = sorted((row for row in dynamic if row.method == method), key=lambda row: -row.budget)
+        reached = ", ".join(f"{_accuracy(row)} at {_share(row.budget)}" for row in some)
+        said.append(f"{method} chooses channels anew for every image and reaches {reached} of mean macs.")
     dense = [row for row in rows if row.method == DENSE]
-    return " ".join([*said, *(f"The dense network is at {_accuracy(row)}." for row in dense)])
+    return " ".join([*said, *(f"The dense network is at {100 * _value(row):.1f} %." for row in dense)])
 
 
 def _worth(rows: Sequence[Summary]) -> str:
@@ -79,15 +82,28 @@ def _worth(rows: Sequence[Summary]) -> str:
     )
     if not found:
         return f"{head} none differs by an interval that excludes 0: which of them is better is not decided here."
-    some = "; ".join(
-        f"{one.better} over {one.worse} at {_share(one.budget)} by {100 * one.mean:.1f} points "
-        f"({100 * (one.mean - one.half):.1f} to {100 * (one.mean + one.half):.1f}, {one.seeds} seeds, "
-        f"{_count(one.evaluations, 'evaluation')} each)"
-        for one in found[:4]
-    )
-    more = f", and {len(found) - 4} more" if len(found) > 4 else ""
-    chance = f"about {looked * 0.05:.1g} of {looked} would by chance alone"
+    some = "; ".join(said(one) for one in found[:2])
+    more = f", and {len(found) - 2} more, listed below" if len(found) > 2 else ""
+    chance = f"by chance alone about {max(1, round(looked * 0.05))} of {looked} would"
     return f"{head} {len(found)} differ{'s' * (len(found) == 1)}: {some}{more} ({chance})."
+
+
+def said(one: Claim) -> str:
+    """A difference with all that it holds under."""
+    low, high = (100 * (one.mean + side * one.half) for side in (-1, 1))
+    return (
+        f"{one.better} over {one.worse} at {_share(one.budget)} by {100 * one.mean:.1f} points ({low:.1f} to "
+        f"{high:.1f}; {one.seeds} seeds, {_count(one.evaluations, 'evaluation')} each)"
+    )
+
+
+def aims_of(rows: Sequence[Summary]) -> str:
+    """All budgets in words."""
+    budgets = sorted({row.budget for row in rows}, reverse=True)
+    *others, last = [_share(budget) for budget in budgets]
+    resource = rows[0].records[0]["protocol"]["budget_resource"]
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return f"{listed} of the {resource}" if budgets[-1] <= 1 else f"{listed} {resource}"
 
 
 def leader(rows: Sequence[Summary]) -> Summary:
