@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from agents.cli import INTERRUPTED
 from agents.comparison import Cell
@@ -26,6 +26,7 @@ PAUSE_S = 0.2
 """Seconds between two looks at what has ended."""
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Measures cells at the same time.
 

@@ -174,12 +174,13 @@ def profiles(rows: Sequence[Summary], order: Sequence[str]) -> Figure:
     few = len(groups) <= 16
     figure = _figure(11.0, 2.0 + 0.34 * len(rows))
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap=MAP, vmin=0, vmax=1, aspect="auto")
+    image = axes.pcolormesh(shares, cmap=MAP, vmin=0, vmax=1)
+    axes.invert_yaxis()
     for (i, j), share in np.ndenumerate(shares) if few else ():
         ink = "#ffffff" if share < 0.45 else "#101010"
-        axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=9.5)
-    axes.set_yticks(range(len(rows)), [row.method for row in rows])
-    axes.set_xticks(range(len(groups)), groups, rotation=35 if few else 90, ha="right" if few else "center")
+        axes.text(j + 0.5, i + 0.5, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=9.5)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [row.method for row in rows])
+    axes.set_xticks(np.arange(len(groups)) + 0.5, groups, rotation=35 if few else 90, ha="right" if few else "center")
     axes.tick_params(length=0, labelcolor=INK)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("group of channels, in forward order")
@@ -267,7 +268,7 @@ PLACES = [(side * 8, height) for height in (6, -14, 20, -28, 34, -42, 48) for si
 def _label(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     """Names of points, each at the first place where it covers no other name and no point, and stays in the panel."""
     scale = axes.figure.dpi / 72
-    at = axes.transData.transform([point[:2] for point in points]).reshape(-1, 2) / scale
+    at = (axes.transData.transform([point[:2] for point in points]).reshape(-1, 2) / scale).tolist()
     panel = axes.get_window_extent().get_points() / scale
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
     for (x, y), (_, _, name) in zip(at, points, strict=True):

@@ -46,7 +46,7 @@ class Summary:
         """Seeds that are there."""
         return tuple(record["cell"]["seed"] for record in self.records)
 
-    def values(self, name: str) -> list[float]:
+    def values(self, name: str) -> list[float | int]:
         """A measured value of each seed; empty if a seed has none."""
         found = [value_of(record, name) for record in self.records]
         return [value for value in found if value is not None] if None not in found else []
@@ -71,7 +71,7 @@ class Summary:
         return self.kind == "runtime"
 
 
-def value_of(record: Record, name: str) -> float | None:
+def value_of(record: Record, name: str) -> float | int | None:
     """A value of a record: measured, a share of the dense network's, or a clock's.
 
     Static macs and the mean macs of runtime methods have different names: `macs_share` and `dynamic_macs_share`.
@@ -113,7 +113,7 @@ def score(row: Summary) -> str:
     return AFTER if row.values(AFTER) else BEFORE
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
+def front(points: Sequence[tuple[float | int, float | int]]) -> list[int]:
     """Numbers of the points that no other beats: by rising cost, each with a higher value than all cheaper ones.
 
     Args:

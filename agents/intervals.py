@@ -14,7 +14,7 @@ QUANTILES = (
 """Student's t at .975 for 1 to 30 degrees of freedom; for more, the last is a little too wide."""
 
 
-def half_width(values: Sequence[float]) -> float | None:
+def half_width(values: Sequence[float | int]) -> float | None:
     """Half of the 95 % t-interval of a mean; None for fewer than two values."""
     n = len(values)
     if n < 2:
@@ -22,7 +22,7 @@ def half_width(values: Sequence[float]) -> float | None:
     return QUANTILES[min(n - 1, len(QUANTILES)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
-def interval(values: Sequence[float], *, form: str = ".2f") -> str:
+def interval(values: Sequence[float | int], *, form: str = ".2f") -> str:
     """The 95 % t-interval of a mean and the number of values."""
     mean, half = float(np.mean(values)), half_width(values)
     ends = "" if half is None else f"{mean - half:{form}} to {mean + half:{form}}, "
