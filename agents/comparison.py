@@ -119,13 +119,13 @@ class Comparison:
             self._check(cell)  # what the last cell would refuse is refused before the first
 
     def _check(self, cell: Cell) -> None:
-        """Refuse what a cell's own configuration refuses."""
+        """Refuse what a cell's own configuration refuses. Weights need not be there: a report does without."""
         if cell.kind != "runtime":
-            self.train_config(cell)
+            self.train_config(cell, file=None)
         elif self.budget_resource != "macs":
             raise ValueError(f"budget_resource is {self.budget_resource!r}; {cell.method} is held to macs only")
         else:
-            self.runtime_config(cell, trust=0.5)
+            self.runtime_config(cell, trust=0.5, file=None)
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -158,10 +158,9 @@ class Comparison:
             cell.task, weights=self.files.get(cell.task), seed=cell.seed, epochs=self.epochs, progress=progress
         )
 
-    def train_config(self, cell: Cell) -> TrainConfig:
-        """The cell as a run of `agents.train`, or of `agents.search_baselines` for a search."""
+    def train_config(self, cell: Cell, *, file: Path | None) -> TrainConfig:
+        """The cell as a run of `agents.train`, or of `agents.search_baselines` for a search; `file` has its weights."""
         decided = {name: getattr(self, name) for name in DECIDED}
-        file = self.files.get(cell.task)
         options = {
             **decided,
             "task": cell.task,
@@ -174,9 +173,8 @@ class Comparison:
             return SearchConfig(algorithm=cell.method, **options)
         return TrainConfig.of(cell.method, **options) if cell.kind == "learned" else TrainConfig(**options)
 
-    def runtime_config(self, cell: Cell, *, trust: float) -> RuntimeTrainConfig:
-        """The cell as a run of `agents.train runtime`."""
-        file = self.files.get(cell.task)
+    def runtime_config(self, cell: Cell, *, trust: float, file: Path | None) -> RuntimeTrainConfig:
+        """The cell as a run of `agents.train runtime`; `file` has its weights."""
         return RuntimeTrainConfig(
             task=cell.task,
             weights=None if file is None else str(file),

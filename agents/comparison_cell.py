@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,11 @@ class Work:
     folder: Path
     tell: Progress
 
+    @property
+    def weights(self) -> Path | None:
+        """File with the dense weights, if they were given."""
+        return self.comparison.files.get(self.cell.task)
+
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -121,7 +126,7 @@ PRUNED_BY = ("budget_resource", "importance", "recalibrate", "refit", "calibrati
 
 def by_search(work: Work) -> Found:
     """A search, as far as it has come and then to its end."""
-    config = work.comparison.train_config(work.cell)
+    config = work.comparison.train_config(work.cell, file=work.weights)
     problem = problem_of(work.task, config)
     memory = play(problem, config, run_folder(work.folder, config))
     return evaluated(work, problem, best_plan(problem, memory), len(memory), config)
@@ -129,7 +134,7 @@ def by_search(work: Work) -> Found:
 
 def by_agent(work: Work) -> Found:
     """An agent, as far as it has come and then to its end; its best episode, chosen on the search split."""
-    config = work.comparison.train_config(work.cell)
+    config = work.comparison.train_config(work.cell, file=work.weights)
     problem, run = problem_of(work.task, config), run_folder(work.folder, config)
     view = ALGORITHMS[config.algorithm].view
     with closing(make_workers(problem, config.env(), workers=1, view=view)) as venv:
@@ -195,7 +200,7 @@ def after_fine_tuning(work: Work, found: Found) -> Record:
     """Accuracy and loss of the network after the protocol's fine-tuning."""
     comparison = work.comparison
     # only epochs, rate, seed and device are read, which are the same for all kinds
-    config = comparison.train_config(Cell(work.cell.task, "uniform", work.cell.budget, work.cell.seed))
+    config = comparison.train_config(replace(work.cell, method="uniform"), file=work.weights)
     work.folder.mkdir(parents=True, exist_ok=True)
     file = work.folder / "fine_tune.safetensors"
     network = fine_tuned(found.network, work.task, config, checkpoint=file, progress=work.tell)
@@ -244,7 +249,7 @@ def runtime_record(work: Work) -> Record:
 
 def runtime_agents(work: Work) -> tuple[Record, nn.Module, int]:
     """A run of `agents.train runtime`: its deployed network, measured, and the epochs it was trained for."""
-    config = work.comparison.runtime_config(work.cell, trust=RUNTIME_TRUSTS[work.cell.method])
+    config = work.comparison.runtime_config(work.cell, trust=RUNTIME_TRUSTS[work.cell.method], file=work.weights)
     path = work.folder / "run"
     learner = RuntimeLearner(work.task, config, path)
     if not path.exists():
@@ -258,7 +263,7 @@ def runtime_agents(work: Work) -> tuple[Record, nn.Module, int]:
 def runtime_baseline(work: Work) -> tuple[Record, nn.Module, int]:
     """The same share in every layer, trained for as many epochs as the agents' network."""
     comparison, cell = work.comparison, work.cell
-    epochs = network_epochs(comparison.runtime_config(cell, trust=0.5))
+    epochs = network_epochs(comparison.runtime_config(cell, trust=0.5, file=work.weights))
     result = run_runtime(
         cell.method,
         work.task,

@@ -172,8 +172,8 @@ class Checked(HTMLParser):
             if name == "id":
                 self.ids.append(str(value))
             if name in ("src", "srcset", "href", "xlink:href", "data", "poster", "action"):
-                assert str(value).startswith("#"), f"{tag} {name}={value}"
-                self.used.append(str(value)[1:])
+                assert str(value).startswith(("#", "data:image/png;base64,")), f"{tag} {name} {str(value)[:80]}"
+                self.used += [str(value)[1:]] if str(value).startswith("#") else []
             self.used += re.findall(r"url\(#([^)]+)\)", str(value))
         if tag not in VOID:
             self.open.append(tag)
