@@ -205,9 +205,10 @@ def test_a_comparison_goes_on_after_ctrl_c_and_after_a_kill_and_ends_with_a_repo
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore")  # Ray's own, which differ from version to version
 def test_nothing_is_lost_when_a_ray_worker_is_killed(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    wanted = dataclasses.replace(TINY, methods=("uniform", "lamp", "cem"), seeds=(0, 1))
+    wanted = dataclasses.replace(TINY, methods=("uniform", "lamp"), seeds=(0, 1))
     store, killed = Store.create(tmp_path / "runs", wanted), []
 
     def kill_one(running: Sequence[Cell]) -> None:
@@ -218,5 +219,5 @@ def test_nothing_is_lost_when_a_ray_worker_is_killed(tmp_path: Path) -> None:
 
     run_cells(store, wanted.cells, RayTasks(store.path, 2), under_way=kill_one)
     assert len(killed) == 1
-    assert len(store.records()) == len(wanted.cells) == 8
+    assert len(store.records()) == len(wanted.cells) == 6
     assert not any("failed" in record for record in store.records())
