@@ -73,8 +73,9 @@ class Section:
         yield Drawing(
             "tradeoff",
             words.title_of_tradeoff(rows),
-            "Means over seeds; bars are 95 % intervals. Up and to the left is better. Latency was timed in turns with "
-            "the dense network, while other cells may have been running.",
+            "Means over seeds; bars are 95 % intervals. Up and to the left is better. Latency is that of one image, in "
+            "turns with the dense network: CPU time of one thread, or with several threads the wall's, which other "
+            "cells disturb.",
             figures.tradeoff(rows, self.dense),
         )
         yield Drawing(

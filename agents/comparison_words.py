@@ -60,8 +60,8 @@ def _outcome(rows: Sequence[Summary], pruned: Sequence[Summary]) -> str:
     dynamic = [row for row in pruned if row.dynamic]
     for method in dict.fromkeys(row.method for row in dynamic):
         some = sorted((row for row in dynamic if row.method == method), key=lambda row: -row.budget)
-        reached = ", ".join(f"{_accuracy(row)} at {_share(row.budget)}" for row in some)
-        said.append(f"{method} chooses channels anew for every image and reaches {reached} of mean macs.")
+        reached = "; ".join(f"at {_share(row.budget)} of mean macs {_accuracy(row)}" for row in some)
+        said.append(f"{method} chooses channels anew for every image and reaches {reached}.")
     dense = [row for row in rows if row.method == DENSE]
     return " ".join([*said, *(f"The dense network is at {100 * _value(row):.1f} %." for row in dense)])
 
@@ -69,7 +69,11 @@ def _outcome(rows: Sequence[Summary], pruned: Sequence[Summary]) -> str:
 def _worth(rows: Sequence[Summary]) -> str:
     """The honest caveat."""
     least = min(len(row.seeds) for row in rows)
-    intervals = f"Intervals are 95 % t-intervals over seeds (here {least} or more)" if least > 1 else "One seed only"
+    intervals = (
+        f"Intervals are 95 % t-intervals over seeds (here {least} or more)"
+        if least > 1
+        else "Some rows have one seed only"
+    )
     found, looked = claims(rows)
     if not looked:
         return (
@@ -184,7 +188,7 @@ def _accuracy(row: Summary) -> str:
     half = row.half(score(row))
     tuned = f" {TUNED}" if score(row) != BEFORE else ""
     interval = "" if half is None else f" \u00b1 {100 * half:.1f}"
-    return f"{100 * _value(row):.1f}{interval} %{tuned}"
+    return f"{100 * _value(row):.1f}{interval} %{tuned}, {_count(len(row.seeds), 'seed')}"
 
 
 def _share(budget: float) -> str:
