@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -170,6 +171,13 @@ class TrainConfig:
                 raise ValueError(unknown("field", name, known))
         # JSON has lists only
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in record.items()})
+
+
+def own_settings(config: TrainConfig, *, decided: Collection[str]) -> dict[str, Any]:
+    """Fields in which an algorithm differs from the others, of those that whoever compares them did not decide."""
+    usual = type(config)()
+    names = [field.name for field in dataclasses.fields(config) if field.name not in decided]
+    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(usual, name)}
 
 
 def unknown(what: str, name: str, known: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from prune_env.pruning.plan import Plan
 from prune_env.tasks.dense import recipe
 from prune_env.tasks.task import Task
 from prune_env.tasks.training import TrainSettings, train
+from prune_env.tasks.training.loop import Progress
 
 Row = dict[str, Any]
 FINE_TUNED = ("uniform", "random", "learned")
@@ -81,17 +83,12 @@ class Reporter:
         """Train the network of a plan and add both accuracies to its row; its network, or None without epochs."""
         if not self.config.fine_tune_epochs:
             return None
-        network = self.problem.evaluator.realise(plan)
-        # the evaluator may hand out a network whose tensors do not require gradients
-        network = copy.deepcopy(network).requires_grad_(True)
-        checkpoint = self.run.path / f"fine_tune_{name}.safetensors"
-        train(
-            network,
-            self.task.train,
-            settings=fine_tune_settings(self.task, self.config),
+        network = fine_tuned(
+            self.problem.evaluator.realise(plan),
+            self.task,
+            self.config,
+            checkpoint=self.run.path / f"fine_tune_{name}.safetensors",
             progress=lambda done, total, what: self.progress(done, total, f"fine-tuning {name}"),
-            checkpoint=checkpoint,
-            device=self.config.device,
         )
         row = self.run.report[name]
         if "fine_tuned_test_accuracy" not in row:
@@ -106,6 +103,34 @@ class Reporter:
             }
             self.run.add_row(name, row | facts)
         return network
+
+
+def fine_tuned(
+    network: nn.Module, task: Task, config: TrainConfig, *, checkpoint: Path, progress: Progress | None = None
+) -> nn.Module:
+    """A trained copy of a pruned network.
+
+    Args:
+        network: It is left as it is.
+        task: On whose training split.
+        config: Says epochs, learning rate, seed and device.
+        checkpoint: File to write after each epoch, and to go on from.
+        progress: Told about every step.
+
+    Raises:
+        TrainingDiverged: The loss became NaN or Inf.
+    """
+    # the evaluator may hand out a network whose tensors do not require gradients
+    trained = copy.deepcopy(network).requires_grad_(True)
+    train(
+        trained,
+        task.train,
+        settings=fine_tune_settings(task, config),
+        progress=progress,
+        checkpoint=checkpoint,
+        device=config.device,
+    )
+    return trained
 
 
 def fine_tune_settings(task: Task, config: TrainConfig) -> TrainSettings:

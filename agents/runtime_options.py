@@ -175,6 +175,12 @@ class RuntimeTrainConfig:
         return cls(**record)
 
 
+def network_epochs(config: RuntimeTrainConfig) -> int:
+    """Epochs that the network is trained for in all stages of a run."""
+    plan = config.stages
+    return plan.gates + plan.scores + plan.rounds * plan.network + plan.final
+
+
 def task_of(config: RuntimeTrainConfig, *, progress: Any = None) -> Task:
     """The task of a run, with its dense measurement."""
     options = dataclasses.asdict(config.env().task)

@@ -88,7 +88,7 @@ def _run(config: RuntimeTrainConfig, path: Path, console: Console) -> dict[str, 
         task = task_of(config, progress=tell)
         learner = RuntimeLearner(task, config, path)
         if not path.exists():
-            _create(path, config)
+            create(path, config)
         sweep(path)
         writer = SummaryWriter(str(path / "tensorboard"))
 
@@ -108,7 +108,7 @@ def _run(config: RuntimeTrainConfig, path: Path, console: Console) -> dict[str, 
     return rows
 
 
-def _create(path: Path, config: RuntimeTrainConfig) -> None:
+def create(path: Path, config: RuntimeTrainConfig) -> None:
     """A new run folder that already holds its config; it appears at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

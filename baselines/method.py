@@ -77,6 +77,7 @@ class Method:
         importance: Case (its scores are still the problem's) -> group name -> scores.
         allocate: Case -> channels per group to decide, inside the budget.
         repair: (case, plan) -> the pruned network, ready to be measured.
+        training: What it trains before it prunes, in words, with the epochs; empty where it trains nothing.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Method:
     importance: Callable[[Case], Scores] = field(default=given_scores)
     allocate: Callable[[Case], Counts] = field(default=same_share)
     repair: Callable[[Case, Plan], nn.Module] = field(default=given_repair)
+    training: str = ""
 
 
 def choices_of(problem: Problem, budget: Budget) -> Choices:
@@ -143,6 +145,7 @@ class Result:
         plan: What was kept.
         counts: Channels kept per group.
         search: Measured on the search split.
+        problem: What was decided, with the evaluator that counts the networks it measured on the way.
     """
 
     method: str
@@ -150,6 +153,7 @@ class Result:
     plan: Plan = field(repr=False)
     counts: Mapping[str, int]
     search: Measurement
+    problem: Problem = field(repr=False)
     _task: Task = field(repr=False)
 
     @cached_property
@@ -179,4 +183,4 @@ def run(method: Method, problem: Problem, *, task: Task, keep: float | int | Non
     graph = problem.graph
     kept = {group.name: len(plan.keep[group.name]) for group in graph.groups}
     search = Measurement(accuracy, loss, graph.macs(plan), graph.params(plan))
-    return Result(method.name, network, plan, kept, search, task)
+    return Result(method.name, network, plan, kept, search, problem, task)

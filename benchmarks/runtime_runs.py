@@ -102,12 +102,6 @@ def arguments(config: RuntimeTrainConfig) -> list[str]:
     return listed
 
 
-def network_epochs(config: RuntimeTrainConfig) -> int:
-    """Epochs that the network is trained for in all stages of a run."""
-    plan = config.stages
-    return plan.gates + plan.scores + plan.rounds * plan.network + plan.final
-
-
 def _resolved(config: RuntimeTrainConfig) -> RuntimeTrainConfig:
     """As the command writes it."""
     weights = None if config.weights is None else str(Path(config.weights).expanduser().resolve())

@@ -23,9 +23,10 @@ import tyro
 from rich.console import Console
 
 from agents.cli import stages
+from agents.runtime_options import network_epochs
 from agents.runtime_train import task_of
 from baselines.runtime import RUNTIME_METHODS, attached, run_runtime
-from benchmarks.runtime_runs import RunSettings, learned, network_epochs
+from benchmarks.runtime_runs import RunSettings, learned
 from prune_env.files import write
 from prune_env.gates import gate_settings
 from prune_env.pruning import archive

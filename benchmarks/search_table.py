@@ -10,8 +10,6 @@ episode, chosen on the search split as a search's is. What was interrupted goes 
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -22,7 +20,8 @@ import numpy as np
 import tyro
 
 from agents.algorithms import ALGORITHMS
-from agents.config import TrainConfig, unknown
+from agents.config import TrainConfig, own_settings, unknown
+from agents.intervals import interval
 from agents.search_config import SearchConfig
 from baselines.search import OPTIMISERS
 from benchmarks.cells import COMMON, Record, finished, line, read, read_or_made, search_seconds, share_row
@@ -32,12 +31,6 @@ REFERENCE = "random_search"
 
 RECORDED = ("task", "epochs", "budget", "importance", "refit", "recalibrate", "calibration_images", "seed")
 """Fields of a run that its record repeats under the same name."""
-
-QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""Student's t at .975 for 1 to 30 degrees of freedom; for more, the last is a little too wide."""
 
 HEADS = (
     "plan", "evaluations", "search accuracy, %", "test accuracy before fine-tuning, %", "95 % of its mean",
@@ -141,11 +134,6 @@ def facts(settings: Settings, cell: Cell) -> Record:
     return {"method": cell.method, "evaluations": cell.evaluations, "weights": weights, **common}
 
 
-def own_settings(config: TrainConfig) -> Record:
-    """Fields in which a method differs from the others."""
-    usual = type(config)()
-    names = [field.name for field in dataclasses.fields(config) if field.name not in COMMON]
-    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(usual, name)}
 
 
 def recorded_run(settings: Settings, cell: Cell) -> Record:
@@ -155,7 +143,7 @@ def recorded_run(settings: Settings, cell: Cell) -> Record:
     return {
         **facts(settings, cell),
         "spent": len(run.read_episodes()),
-        "own": own_settings(run.config),
+        "own": own_settings(run.config, decided=COMMON),
         "threads": run.config.threads,
         "seconds": round(search_seconds(run.path), 2),
         "rows": {
@@ -176,21 +164,6 @@ def known(settings: Settings, cell: Cell) -> Record | None:
 def made(settings: Settings, cell: Cell) -> Record:
     """A cell from its record, or run and recorded."""
     return read_or_made(settings.record(cell), facts(settings, cell), run=lambda: recorded_run(settings, cell))
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95 % t-interval of a mean; None for fewer than two values."""
-    n = len(values)
-    if n < 2:
-        return None
-    return QUANTILES[min(n - 1, len(QUANTILES)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n)
-
-
-def interval(values: Sequence[float], *, form: str = ".2f") -> str:
-    """The 95 % t-interval of a mean and the number of values."""
-    mean, half = float(np.mean(values)), half_width(values)
-    ends = "" if half is None else f"{mean - half:{form}} to {mean + half:{form}}, "
-    return f"{ends}n = {len(values)}"
 
 
 def percent(rows: Mapping[int, Record], split: str) -> list[float]:

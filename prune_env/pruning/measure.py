@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -167,7 +167,12 @@ class Latency:
 
 
 def measure_latency(
-    network: nn.Module, example: Tensor, *, threads: int = 1, min_run_time: int | float = 0.5
+    network: nn.Module,
+    example: Tensor,
+    *,
+    threads: int = 1,
+    min_run_time: int | float = 0.5,
+    clock: Callable[[], float] | None = None,
 ) -> Latency:
     """Time the forward pass of a channels_last copy of the network in evaluation mode.
 
@@ -178,6 +183,8 @@ def measure_latency(
         example: `[n, ...]` one batch of inputs.
         threads: CPU threads to use; the process's own setting returns afterwards.
         min_run_time: Seconds to go on measuring, at least.
+        clock: Seconds so far; None is the wall's. A process's own clock leaves out what others take from its core,
+            and counts all of its threads.
 
     Raises:
         ValueError: `threads` or `min_run_time` is not positive.
@@ -190,7 +197,8 @@ def measure_latency(
     copy = deepcopy(network).eval().to(device=example.device, dtype=example.dtype)
     copy = copy.to(memory_format=torch.channels_last)
     images = _laid_out(example)
-    timer = Timer("network(images)", globals={"network": copy, "images": images}, num_threads=threads)
+    own = {} if clock is None else {"timer": clock}
+    timer = Timer("network(images)", globals={"network": copy, "images": images}, num_threads=threads, **own)
     with torch.inference_mode():
         taken = timer.blocked_autorange(min_run_time=min_run_time)
     dtype = str(example.dtype).removeprefix("torch.")

@@ -13,8 +13,9 @@ import pytest
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
-from agents import callbacks, plot, search_baselines, train
+from agents import callbacks, intervals, plot, search_baselines, train
 from agents.cli import INTERRUPTED
+from agents.config import own_settings
 from agents.record import RunFolder
 from benchmarks import search_table
 from benchmarks.search_table import Cell, Settings
@@ -91,7 +92,7 @@ def test_what_an_algorithm_sets_for_itself_is_recorded_and_shown(
     assert [line.split(" | ")[0] for line in lines if "min_keep 0.2, warm_up 50" in line] == ["| amc"]
     paper = settings(folder, methods=("amc_paper",)).config(Cell("amc_paper", 3, 0))
     assert (paper.importance, paper.refit, paper.recalibrate, paper.calibration_images) == ("l1", "auto", True, 512)
-    assert search_table.own_settings(paper) == {"min_keep": 0.2, "round_to": 8, "warm_up": 100}
+    assert own_settings(paper, decided=search_table.COMMON) == {"min_keep": 0.2, "round_to": 8, "warm_up": 100}
 
 
 def test_a_record_names_no_folder(folder: Path) -> None:
@@ -232,21 +233,21 @@ def test_seconds_are_those_of_the_evaluations_in_all_logs_of_a_run(tmp_path: Pat
 
 def test_quantiles_are_students() -> None:
     stats = pytest.importorskip("scipy.stats")
-    for degrees, quantile in enumerate(search_table.QUANTILES, start=1):
+    for degrees, quantile in enumerate(intervals.QUANTILES, start=1):
         assert quantile == pytest.approx(stats.t.ppf(0.975, degrees), abs=5.1e-4)
 
 
 def test_the_interval_by_hand() -> None:
     # mean 2, deviation 1, t of 2 degrees of freedom 4.303
-    assert search_table.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
-    assert search_table.interval([1.0, 2.0, 3.0]) == "-0.48 to 4.48, n = 3"
+    assert intervals.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert intervals.interval([1.0, 2.0, 3.0]) == "-0.48 to 4.48, n = 3"
     # mean 5, deviation sqrt(2), t of 1 degree of freedom 12.706
-    assert search_table.half_width([4.0, 6.0]) == pytest.approx(12.706)
-    assert search_table.interval([4.0, 6.0], form="+.1f") == "-7.7 to +17.7, n = 2"
-    assert search_table.half_width([5.0]) is None
-    assert search_table.interval([5.0]) == "n = 1"
+    assert intervals.half_width([4.0, 6.0]) == pytest.approx(12.706)
+    assert intervals.interval([4.0, 6.0], form="+.1f") == "-7.7 to +17.7, n = 2"
+    assert intervals.half_width([5.0]) is None
+    assert intervals.interval([5.0]) == "n = 1"
     many = [0.0, 2.0] * 20
-    assert search_table.half_width(many) == pytest.approx(2.042 * math.sqrt(40 / 39) / math.sqrt(40))
+    assert intervals.half_width(many) == pytest.approx(2.042 * math.sqrt(40 / 39) / math.sqrt(40))
 
 
 def row(test: float, *, search: float = 0.9, macs: float = 0.5) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
 import torch
@@ -71,7 +71,12 @@ def disagreement(deployed: DeployedNetwork, images: Tensor) -> tuple[float, floa
 
 
 def compare_latency(
-    dense: nn.Module, deployed: nn.Module, images: Sequence[Tensor], *, threads: int
+    dense: nn.Module,
+    deployed: nn.Module,
+    images: Sequence[Tensor],
+    *,
+    threads: int,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Latency]:
     """Batch-1 latency of the dense and the deployed network, in turns over the same images.
 
@@ -80,11 +85,12 @@ def compare_latency(
         deployed: What came of it.
         images: Inputs with a batch axis of one; the median over them is reported, for the choices differ.
         threads: CPU threads.
+        clock: As for `measure_latency`.
     """
     taken: dict[str, list[Latency]] = {"dense": [], "deployed": []}
     for image in images:
         for name, network in (("dense", dense), ("deployed", deployed)):
-            taken[name].append(measure_latency(network, image, threads=threads, min_run_time=0.1))
+            taken[name].append(measure_latency(network, image, threads=threads, min_run_time=0.1, clock=clock))
     return {
         name: Latency(
             median(one.median_s for one in each),
