@@ -35,7 +35,7 @@ from agents.search import best_plan, search
 from agents.search_baselines import play
 from agents.train import problem_of
 from baselines import METHODS, prune
-from baselines.method import given_repair, given_scores, unprepared
+from baselines.method import given_repair, given_scores
 from baselines.runtime import run_runtime
 from prune_env.envs.dynamics import Problem
 from prune_env.pruning.engine.deployed import deploy
@@ -109,11 +109,11 @@ def by_method(work: Work) -> Found:
         progress=work.tell,
         **{name: getattr(comparison, name) for name in PRUNED_BY},
     )
-    trains = method.prepare is not unprepared
+    epochs = method.epochs(work.task)
     facts = {
         "importance": comparison.importance if method.importance is given_scores else "own",
         "repair": comparison.refit if method.repair is given_repair else "own",
-        "own_training": method.training or ("yes" if trains else ""),
+        "own_training": f"{epochs} epochs" if epochs else "",
         "evaluations": result.problem.evaluator.evaluations,
         "own": {},
     }

@@ -287,6 +287,7 @@ def surrogate_after(epochs: int | None) -> Method:
         "extension of Hua et al., NeurIPS 2019 (arXiv 1805.12549): a static surrogate, how often gates open",
         prepare=partial(prepare, epochs=epochs),
         importance=partial(surrogate, epochs=epochs),
+        epochs=lambda task: scaled(task, epochs=epochs).training.epochs,
     )
 
 

@@ -142,9 +142,6 @@ class Structured:
             raise ValueError(f"target is {self.target!r}; allowed are {', '.join(TARGETS)}")
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-
 def published_lr(lr: int | float, *, epoch: int, epochs: int) -> float:
     """The authors' learning rate in an epoch, counted from 1."""
     done = epoch / epochs
@@ -270,9 +267,6 @@ def _schedule(training: TrainSettings) -> Hook:
     return Hook(before_step=set_rate)
 
 
-# --- what is left ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Sparsity:
     """Shares of parameters that are exactly zero, in [0, 1].
@@ -296,9 +290,6 @@ def sparsity(network: nn.Module) -> Sparsity:
             zeros[name] = sizes[name] - sum(int(parameter.count_nonzero()) for parameter in own)
     whole = sum(zeros.values()) / max(sum(sizes.values()), 1)
     return Sparsity({name: zeros[name] / size for name, size in sizes.items()}, whole)
-
-
-# --- the size of the threshold ---------------------------------------------------------------------------------------
 
 
 def share_after(
@@ -353,9 +344,6 @@ def bisected(
     return min(found, key=lambda c: abs(found[c] - share))
 
 
-# --- stages ----------------------------------------------------------------------------------------------------------
-
-
 def left(case: Case, *, target: str) -> Scores:
     """What is left of each channel; a dead one that a layer still hears comes behind all living ones."""
     network, graph = case.problem.evaluator.network, case.problem.graph
@@ -387,6 +375,7 @@ def directional(name: str, settings: Structured) -> Method:
         prepare=partial(structured, settings=settings),
         importance=partial(left, target=settings.target),
         allocate=own_ratios,
+        epochs=lambda task: settings.epochs,
     )
 
 
@@ -396,4 +385,5 @@ DIRECTIONAL_UNSTRUCTURED = Method(
     "directional_pruning_unstructured",
     "Chao et al., NeurIPS 2020 (arXiv 2006.09358): gRDA on all parameters; the user's importance ranks channels",
     prepare=sparse,
+    epochs=lambda task: SHORT_EPOCHS,
 )

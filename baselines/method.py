@@ -61,6 +61,11 @@ def same_share(case: Case) -> Counts:
     return uniform(case.choices)
 
 
+def no_epochs(task: Task) -> int:
+    """Nothing is trained."""
+    return 0
+
+
 def given_repair(case: Case, plan: Plan) -> nn.Module:
     """Cut, then refit and recalibrate as the user asked: exactly what the env does."""
     return case.problem.evaluator.realise(plan)
@@ -77,7 +82,7 @@ class Method:
         importance: Case (its scores are still the problem's) -> group name -> scores.
         allocate: Case -> channels per group to decide, inside the budget.
         repair: (case, plan) -> the pruned network, ready to be measured.
-        training: What it trains before it prunes, in words, with the epochs; empty where it trains nothing.
+        epochs: Task -> passes over its training split that `prepare` and importance train for, as long as they are new.
     """
 
     name: str
@@ -86,7 +91,7 @@ class Method:
     importance: Callable[[Case], Scores] = field(default=given_scores)
     allocate: Callable[[Case], Counts] = field(default=same_share)
     repair: Callable[[Case, Plan], nn.Module] = field(default=given_repair)
-    training: str = ""
+    epochs: Callable[[Task], int] = field(default=no_epochs)
 
 
 def choices_of(problem: Problem, budget: Budget) -> Choices:

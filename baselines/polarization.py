@@ -268,6 +268,7 @@ POLARIZATION = Method(
     prepare=partial(prepare, settings=partial(scaled, table=PAPER)),
     importance=largest_scale,
     allocate=own_ratios,
+    epochs=lambda task: scaled(task, table=PAPER).epochs,
 )
 POLARIZATION_PAPER = Method(
     "polarization_paper",
@@ -275,6 +276,7 @@ POLARIZATION_PAPER = Method(
     prepare=partial(prepare, settings=partial(published, table=PAPER)),
     importance=largest_scale,
     allocate=partial(own_ratios, threshold=first_valley),
+    epochs=lambda task: published(task, table=PAPER).epochs,
 )
 SLIMMING = Method(
     "slimming",
@@ -282,4 +284,5 @@ SLIMMING = Method(
     prepare=partial(prepare, settings=partial(scaled, table=SLIMMING_PAPER), regulariser="slimming"),
     importance=largest_scale,
     allocate=one_ranking,
+    epochs=lambda task: scaled(task, table=SLIMMING_PAPER).epochs,
 )

@@ -253,8 +253,12 @@ def renew_statistics(network: nn.Module, split: Split, settings: TrainSettings) 
 
 def learning_by(method: Method, settings: Settings) -> Method:
     """The method with scales that are learned otherwise."""
+
+    def epochs(task: Task) -> int:
+        return settings.training(data=task.data, images=len(task.train), seed=0).epochs
+
     stages = {"prepare": partial(prepare, settings=settings), "importance": partial(importance, settings=settings)}
-    return dataclasses.replace(method, **stages)
+    return dataclasses.replace(method, **stages, epochs=epochs)
 
 
 DEFAULT = Settings()

@@ -134,8 +134,6 @@ def facts(settings: Settings, cell: Cell) -> Record:
     return {"method": cell.method, "evaluations": cell.evaluations, "weights": weights, **common}
 
 
-
-
 def recorded_run(settings: Settings, cell: Cell) -> Record:
     """Run a cell, or go on with it, and say what came out."""
     run = finished(settings.config(cell), settings.folder(cell))

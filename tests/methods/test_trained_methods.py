@@ -28,6 +28,7 @@ from tests.contracts import (
     keeping_more_never_lowers_cost,
     random_plan,
 )
+from tests.methods.own_tasks import own_task
 
 TRAINED = [name for name, method in METHODS.items() if method.prepare is not unprepared]
 PLAIN: dict[str, Any] = {"recalibrate": False, "refit": False, "calibration_images": 8}
@@ -104,3 +105,9 @@ def test_all_laws_hold_after_prepare_or_the_network_is_refused_with_the_reason(
     result = prune(method, task, budget=0.5, **PLAIN)
     assert count_macs(result.network, task.example) == result.search.macs <= 0.5 * graph.macs(Plan({}))
     cut_agrees_with_masked(prepared.network, graph, images, result.plan)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_method_that_trains_says_for_how_many_epochs(method: str) -> None:
+    trains = METHODS[method].prepare is not unprepared
+    assert (METHODS[method].epochs(own_task("residual")) > 0) == trains
