@@ -6,8 +6,7 @@
 Every cell has the same dense network and the same epochs in all: what prepares is taken from what fine-tunes
 (`benchmarks.trained_cells`), and uniform l1 fine-tunes for all of them. A method that decides by itself how much goes
 has a row of its own without a budget, and uniform l1 one at the macs that it found. Nothing is chosen by the test
-split: the last epoch counts. Hyper-parameters are the published ones, scaled to the
-epochs by each method's stated rule.
+split: the last epoch counts. Hyper-parameters are the published ones, scaled to the epochs by the rule of each method.
 
 Unstructured pruning and dynamic macs have tables of their own. What was interrupted goes on after the last whole
 epoch; what is recorded is not made again.
@@ -28,7 +27,8 @@ from rich.console import Console
 
 from agents.cli import guarded, parse, stages
 from agents.config import unknown
-from benchmarks.search_table import interval
+from agents.intervals import interval
+from benchmarks.cells import line, read
 from benchmarks.trained_cells import (
     CUTS,
     GATED,
@@ -179,17 +179,7 @@ def known(settings: Settings, cell: Cell) -> Record | None:
     Raises:
         ValueError: It is of other settings, or corrupt.
     """
-    file = settings.record(cell)
-    if not file.exists():
-        return None
-    try:
-        record = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is corrupt: {error}") from None
-    for name, value in facts(settings, cell).items():
-        if record.get(name) != value:
-            raise ValueError(f"{file} has {name} {record.get(name)}, not {value}; choose another folder")
-    return record
+    return read(settings.record(cell), facts(settings, cell))
 
 
 def made(settings: Settings, cell: Cell, on: Callable[[int], Bench]) -> Record:
@@ -263,7 +253,7 @@ def against_uniform(records: Sequence[Record]) -> dict[tuple[str, str], list[flo
 
 def cut_table(records: Sequence[Record]) -> str:
     """Rows that cut, as a Markdown table: means over seeds of the test accuracy after each stage."""
-    lines, gains = [_line(CUT_HEADS), _line(["---"] * len(CUT_HEADS))], against_uniform(records)
+    lines, gains = [line(CUT_HEADS), line(["---"] * len(CUT_HEADS))], against_uniform(records)
     for (row, aim), some in groups(records, CUTS).items():
         tuned = [100 * one["fine_tuned"]["test"] for one in some]
         gain = gains.get((row, aim))
@@ -280,7 +270,7 @@ def cut_table(records: Sequence[Record]) -> str:
             ", ".join(f"{value:.2f}" for value in tuned),
             CUTS[row].published,
         ]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
@@ -301,19 +291,19 @@ def verdicts(records: Sequence[Record]) -> list[str]:
 
 def sparse_table(records: Sequence[Record]) -> str:
     """Unstructured rows: zeros make no layer smaller, so that no macs are named."""
-    lines = [_line(SPARSE_HEADS), _line(["---"] * len(SPARSE_HEADS))]
+    lines = [line(SPARSE_HEADS), line(["---"] * len(SPARSE_HEADS))]
     for (row, _), some in groups(records, SPARSE).items():
         accuracy = [100 * one["fine_tuned"]["test"] for one in some]
         zeros = f"{100 * np.mean([one['sparsity'] for one in some]):.1f}"
         mean = f"{np.mean(accuracy):.2f} ({_interval(accuracy)})"
         seeds = ", ".join(f"{value:.2f}" for value in accuracy)
-        lines.append(_line([row, f"{some[0]['epochs']}", zeros, mean, _drop(some, accuracy), seeds, SPARSE[row]]))
+        lines.append(line([row, f"{some[0]['epochs']}", zeros, mean, _drop(some, accuracy), seeds, SPARSE[row]]))
     return "\n".join(lines)
 
 
 def gated_table(records: Sequence[Record]) -> str:
     """Rows whose macs are dynamic: nothing is removed, and nothing here is faster."""
-    lines = [_line(GATED_HEADS), _line(["---"] * len(GATED_HEADS))]
+    lines = [line(GATED_HEADS), line(["---"] * len(GATED_HEADS))]
     for (row, aim), some in groups(records, GATED).items():
         tests = [one["test"] for one in some]
         accuracy = [100 * test["accuracy"] for test in tests]
@@ -322,7 +312,7 @@ def gated_table(records: Sequence[Record]) -> str:
         mean = f"{np.mean(accuracy):.2f} ({_interval(accuracy)})"
         seeds = ", ".join(f"{value:.2f}" for value in accuracy)
         cells = [aim, f"{some[0]['epochs']}", f"{macs:.3f}", f"{low:.3f}-{high:.3f}", f"{params:.3f}", mean]
-        lines.append(_line([*cells, _drop(some, accuracy), seeds, GATED[row]]))
+        lines.append(line([*cells, _drop(some, accuracy), seeds, GATED[row]]))
     return "\n".join(lines)
 
 
@@ -335,10 +325,6 @@ def _drop(some: Sequence[Record], accuracies: Sequence[float]) -> str:
 def _interval(values: Sequence[float], *, form: str = ".2f") -> str:
     """The 95 % t-interval of a mean from three values on."""
     return interval(values, form=form) if len(values) >= 3 else f"n = {len(values)}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def report(settings: Settings, records: Sequence[Record]) -> str:
