@@ -79,7 +79,7 @@ def test_keeping_everything_is_the_identity_of_the_network_that_was_prepared(tas
             assert (result.search.macs, result.search.params) == (count_macs(task.network, x), count_params(prepared))
 
 
-@pytest.mark.parametrize("method", SELF_DECIDING)
+@pytest.mark.parametrize("method", sorted(SELF_DECIDING))
 def test_a_budget_that_own_ratios_do_not_need_changes_nothing(method: str) -> None:
     task = own_task("residual")
     free = prune(method, task, budget=1.0, **PLAIN)
