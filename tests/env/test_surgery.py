@@ -244,7 +244,10 @@ TORCHVISION = {
     "mobilenet_v3_small": 32, "mnasnet0_5": 32, "shufflenet_v2_x0_5": 32, "efficientnet_b0": 32,
     "regnet_y_400mf": 32, "convnext_tiny": 32, "vit_b_16": 224,
 }  # fmt: skip
-HEAVY = {"wide_resnet50_2", "vgg11_bn", "vgg16", "alexnet", "vit_b_16", "inception_v3", "convnext_tiny"}
+HEAVY = {
+    "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg11_bn", "vgg16", "alexnet", "densenet121", "googlenet",
+    "inception_v3", "efficientnet_b0", "convnext_tiny", "vit_b_16",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in HEAVY)) for n in TORCHVISION])
