@@ -53,7 +53,7 @@ class TrainConfig:
     short_lr: float = 0.02
     """Its peak learning rate."""
     predictor: str | None = None
-    """File that the reward predicted reads, from python -m benchmarks.lasting --stage report."""
+    """File that the reward predicted reads, from python -m benchmarks.lasting --stage predictors."""
     recalibrate: bool = True
     """Re-estimate BatchNorm statistics after the cut."""
     refit: str = "auto"

@@ -4,8 +4,8 @@
 
 The rule of ASHA (Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020, arXiv 1810.05934), told
 one plan after another and with a quantile in the place of the top 1/eta. Deviation: a plan that was stopped is not
-taken up again later. With the median it is close to the stopping rule of Google Vizier (Golovin et al., KDD 2017), which
-compares with running means. What a race decides is a function of the plans before it: same history, same race.
+taken up again later. With the median it is close to the stopping rule of Google Vizier (Golovin et al., KDD 2017) on
+running means. What a race decides is a function of the plans before it: same history, same race.
 """
 
 from __future__ import annotations

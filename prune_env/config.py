@@ -69,7 +69,7 @@ class EnvConfig:
     short_lr: int | float = 0.02
     """Its peak learning rate."""
     predictor: str | None = None
-    """File with the coefficients of the reward `predicted`, from `python -m benchmarks.lasting --stage report`."""
+    """File with the coefficients of the reward `predicted`, from `python -m benchmarks.lasting --stage predictors`."""
     recalibrate: bool = True
     """Re-estimate BatchNorm statistics after the cut."""
     refit: str = "auto"

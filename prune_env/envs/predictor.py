@@ -49,11 +49,13 @@ class Predictor:
     """Kendall's tau-b with the truth of plans that it did not learn from."""
 
     def __post_init__(self) -> None:
-        numbers = (*self.weights, self.constant)
         allowed = {
             "features": (bool(self.features) and set(self.features) <= set(FEATURES), f"some of {', '.join(FEATURES)}"),
-            "weights": (len(self.weights) == len(self.features), "one number for each feature"),
-            "constant": (all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers), "a finite number"),
+            "weights": (
+                len(self.weights) == len(self.features) and all(map(math.isfinite, self.weights)),
+                "a finite number for each feature",
+            ),
+            "constant": (math.isfinite(self.constant), "a finite number"),
         }
         for name, (fits, what) in allowed.items():
             if not fits:
@@ -86,7 +88,10 @@ class Predictor:
         lists = ("channels", "features", "weights")
         if not all(isinstance(record[name], list) for name in lists):
             raise ValueError(f"{', '.join(lists)} are lists")
-        return cls(**record | {name: tuple(record[name]) for name in lists})
+        try:
+            return cls(**record | {name: tuple(record[name]) for name in lists})
+        except TypeError as error:
+            raise ValueError(f"a field has a value of the wrong kind: {error}") from None
 
     def check(self, **own: object) -> None:
         """Refuse to foretell what it did not learn about.
