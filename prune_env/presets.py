@@ -61,7 +61,7 @@ def short_training(bench: Bench) -> Judge:
     """
     if bench.train is None or bench.training is None:
         raise ValueError(f"reward 'short-training' needs a task with a training split; {bench.name!r} has none")
-    # One thread: every process, whatever its number of threads, gets the same bits.
+    # One thread: gradients are sums, whose last bits depend on the number of threads.
     settings = dataclasses.replace(bench.training, lr=bench.short_lr, threads=1)
     return ShortTraining(bench.train, settings, bench.short_steps, bench.meter, bench.device)
 

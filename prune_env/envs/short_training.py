@@ -25,7 +25,7 @@ class ShortTraining:
 
     Attributes:
         split: Training images.
-        settings: Recipe and peak learning rate; one thread gives the same bits in every process.
+        settings: Recipe and peak learning rate; the same bits come out again with the same number of threads.
         steps: Optimiser steps.
         meter: The search split.
         device: Where to train.
