@@ -154,14 +154,18 @@ def test_a_finished_study_is_only_read(folder: Path, study: Study, monkeypatch: 
     said = capsys.readouterr().out
     assert "tau-b" in said
     assert f"--predictor {folder / 'predictors' / 'refit.json'}" in said
-    # three plans are enough for a predictor that pays an episode, if its network is refit as theirs were
+    # what was learned from records pays an episode as those records would have been paid
     for repair, refit in predictors.REPAIRS.items():
         file = str(folder / "predictors" / f"{repair}.json")
         known = Predictor.read(file)
-        assert (known.task, known.refit, known.plans, len(known.channels)) == ("digits-cnn", refit, 3, 3)
         problem = make_problem(study.task, reward="predicted", predictor=file, refit=refit)
-        plan = Plan.of_counts(problem.graph, problem.graph.full // 2, problem.scores)
-        assert 0 < problem.evaluator.measure(plan).accuracy < 1
+        own = ("digits-cnn", refit, 3, problem.channels)
+        assert (known.task, known.refit, known.plans, known.channels) == own
+        plan = study.plans()[0]
+        families = read(study.path("scores", plan["name"]))["families"]
+        values = families["widths"]["values"] | families[repair]["values"]
+        foretold = known.accuracy([values[name] for name in known.features])
+        assert problem.evaluator.measure(Plan(plan["keep"])).accuracy == pytest.approx(foretold, abs=1e-4)
 
 
 def test_scores_are_filled_up_by_what_is_missing(study: Study) -> None:
