@@ -22,11 +22,11 @@ from prune_env.envs.dynamics import Problem
 from prune_env.envs.predictor import FEATURES, Predictor
 from prune_env.envs.short_training import ShortTraining
 from prune_env.envs.widths import widths
-from prune_env.presets import MEASURES, PRESETS
+from prune_env.presets import MEASURES, PRESETS, Bench
 from prune_env.pruning.plan import Plan
 from prune_env.tasks.dense import recipe
 from prune_env.tasks.task import Task
-from prune_env.tasks.training import TrainingDiverged, train_steps
+from prune_env.tasks.training import TrainingDiverged, TrainSettings, train_steps
 from tests import contracts
 from tests.env.small_networks import build, example
 
@@ -245,6 +245,24 @@ def test_an_episode_is_paid_what_the_file_foretells(task: Task, problem: Problem
             make_problem(task, **options)
 
 
-def test_the_judge_of_a_short_training_trains_on_one_thread(problem: Problem) -> None:
-    assert isinstance(problem.evaluator.judge, ShortTraining)
-    assert problem.evaluator.judge.settings.threads == 1
+def test_a_short_training_has_one_thread_and_its_own_rate_whatever_the_recipe_says(
+    task: Task, problem: Problem
+) -> None:
+    bench = Bench(
+        name="digits-cnn",
+        graph=problem.graph,
+        steps=problem.steps,
+        meter=problem.evaluator.meter,
+        train=task.train,
+        training=TrainSettings(lr=0.5, threads=4, weight_decay=0.25),
+        short_steps=7,
+        short_lr=0.05,
+        predictor=None,
+        refit="none",
+        recalibrate=True,
+        device="cpu",
+    )
+    judge = MEASURES["short-training"](bench)
+    assert isinstance(judge, ShortTraining)
+    assert judge.settings == TrainSettings(lr=0.05, threads=1, weight_decay=0.25)
+    assert judge.steps == 7
