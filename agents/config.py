@@ -7,7 +7,8 @@ import difflib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from agents.algorithms import ALGORITHMS
 from baselines.shaping import Shaping
@@ -45,7 +46,14 @@ class TrainConfig:
     importance: str = "l1"
     """Static importance: which channels a group keeps."""
     reward: str = "accuracy"
-    """Reward: accuracy, accuracy_guaranteed or exponential_penalty."""
+    """What pays. Without training: accuracy (or instant), accuracy_guaranteed, exponential_penalty; after fine-tuning:
+    short-training or predicted."""
+    short_steps: int = 60
+    """Optimiser steps of each short training."""
+    short_lr: float = 0.02
+    """Its peak learning rate."""
+    predictor: str | None = None
+    """File that the reward predicted reads, from python -m benchmarks.lasting --stage predictors."""
     recalibrate: bool = True
     """Re-estimate BatchNorm statistics after the cut."""
     refit: str = "auto"
@@ -149,7 +157,14 @@ class TrainConfig:
         whole = self.task if self.network is None else f"{self.task}-{self.network}"
         who = self.algorithm if self.shape is None else f"{self.algorithm}-shape-{self.shape}"
         plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{whole}-{who}")
-        return f"{plain}-{self.importance}-{self.budget_resource}{self.budget:g}-seed{self.seed}"
+        paid = f"{plain}-{self.importance}{self.paid}"
+        return f"{paid}-{self.budget_resource}{self.budget:g}-seed{self.seed}"
+
+    @property
+    def paid(self) -> str:
+        """How episodes are measured, as a part of the name; nothing where it is at once."""
+        named = {"short-training": f"-short-training{self.short_steps}-lr{self.short_lr:g}", "predicted": "-predicted"}
+        return named.get(self.env().measure, "")
 
     def to_json(self) -> str:
         """The config as JSON text."""
@@ -171,6 +186,16 @@ class TrainConfig:
                 raise ValueError(unknown("field", name, known))
         # JSON has lists only
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in record.items()})
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def resolved(config: Config) -> Config:
+    """The config with whole paths, so that it means the same from everywhere."""
+    files = {name: getattr(config, name) for name in ("weights", "predictor")}
+    whole = {name: str(Path(file).expanduser().resolve()) for name, file in files.items() if file is not None}
+    return dataclasses.replace(config, **whole)
 
 
 def own_settings(config: TrainConfig, *, decided: Collection[str]) -> dict[str, Any]:

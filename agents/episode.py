@@ -24,6 +24,8 @@ class Episode:
         params: Of the cut network.
         counts: Channels kept per group of the graph.
         terms: Terms of the reward.
+        steps: Optimiser steps that the measurement took.
+        rungs: Accuracy at each place where its training could be stopped.
     """
 
     number: int
@@ -36,6 +38,8 @@ class Episode:
     params: int
     counts: tuple[int, ...]
     terms: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    rungs: tuple[float, ...] = ()
 
     @property
     def rank(self) -> tuple[float, float]:

@@ -17,13 +17,14 @@ from agents import runtime_evaluate
 from agents.cli import guarded, parse
 from agents.config import own_package
 from agents.record import RunFolder
-from agents.report import Row, measure_test
+from agents.report import Row, measure_test, paid_facts
 from agents.runtime_options import is_runtime
 from agents.train import make_task_of, problem_of
 from prune_env.pruning import archive
 from prune_env.pruning.measure import count_macs, count_params, measure_latency
 
 DISAGREES = 1
+FORMS = {int: ",", float: ".4f", str: ""}
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def replay(run: RunFolder, *, threads: int = 1) -> tuple[Row, dict[str, Any]]:
         "macs": count_macs(stored, task.example.to(config.device)),
         "params": count_params(stored),
     }
+    if "paid_by" in run.report["learned"]:  # not in runs from before there was a choice
+        found |= paid_facts(problem, config, plan)
     if config.fine_tune_epochs:
         accuracy, loss = problem.evaluator.meter.accuracy_and_loss(stored)
         test_accuracy, test_loss = measure_test(task, stored, config.device)
@@ -114,7 +117,7 @@ def _table(path: Path, recorded: Row, found: Row) -> Table:
     for head in ("", "recorded", "replayed"):
         built.add_column(head, justify="left" if not head else "right")
     for name, value in found.items():
-        cells = (f"{number:,}" if isinstance(number, int) else f"{number:.4f}" for number in (recorded[name], value))
+        cells = (f"{fact:{FORMS[type(fact)]}}" for fact in (recorded[name], value))
         built.add_row(name.replace("_", " "), *cells)
     return built
 

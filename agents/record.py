@@ -37,7 +37,9 @@ from prune_env.pruning import archive
 from prune_env.pruning.plan import Plan
 
 VERSION = 1
-COLUMNS = ("episode", "phase", "source", "reward", "accuracy", "loss", "macs", "params", "counts")
+COLUMNS = ("episode", "phase", "source", "reward", "accuracy", "loss", "macs", "params", "counts", "steps", "rungs")
+EARLIER = COLUMNS[:-2]
+"""Columns of runs from before networks were trained to be measured."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class RunFolder:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
             if state.pop("version") != VERSION:
                 raise ValueError("it is of another version")
-            episodes = [Episode(**{**one, "counts": tuple(one["counts"])}) for one in state.pop("episodes")]
+            tuples = [{name: tuple(v) for name, v in one.items() if isinstance(v, list)} for one in state["episodes"]]
+            episodes = [Episode(**one | own) for one, own in zip(state.pop("episodes"), tuples, strict=True)]
             rows: dict[str, np.ndarray] = {name: value.numpy() for name, value in _below(tensors, "memory/").items()}
             return Memory.of(episodes, rows), _below(tensors, "agent/"), state
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -192,12 +195,13 @@ def _line(episode: Episode) -> tuple[Any, ...]:
     counts = " ".join(map(str, episode.counts))
     sizes = (episode.macs, episode.params)
     scores = (episode.reward, episode.accuracy, episode.loss)
-    return (episode.number, episode.phase, episode.source, *scores, *sizes, counts)
+    rungs = " ".join(map(repr, episode.rungs))
+    return (episode.number, episode.phase, episode.source, *scores, *sizes, counts, episode.steps, rungs)
 
 
 def _episodes(text: str) -> list[Episode]:
     lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
-    if not lines or tuple(lines[0]) != COLUMNS:
+    if not lines or tuple(lines[0]) not in (COLUMNS, EARLIER):
         raise ValueError(f"its first line is not {','.join(COLUMNS)}")
     episodes = [_episode(*line) for line in lines[1:]]
     if [episode.number for episode in episodes] != list(range(len(episodes))):
@@ -206,9 +210,17 @@ def _episodes(text: str) -> list[Episode]:
 
 
 def _episode(number: str, phase: str, source: str, *values: str) -> Episode:
-    reward, accuracy, loss, macs, params, counts = values
-    scores = (float(reward), float(accuracy), float(loss))
-    return Episode(int(number), phase, source, *scores, int(macs), int(params), tuple(map(int, counts.split())))
+    reward, accuracy, loss, macs, params, counts, steps, rungs = (*values, "0", "")[: len(COLUMNS) - 3]
+    return Episode(
+        int(number),
+        phase,
+        source,
+        *(float(reward), float(accuracy), float(loss)),
+        *(int(macs), int(params)),
+        tuple(map(int, counts.split())),
+        steps=int(steps),
+        rungs=tuple(map(float, rungs.split())),
+    )
 
 
 def _rows(text: str) -> dict[str, dict[str, Any]]:

@@ -59,11 +59,13 @@ class Reporter:
         """The row of a plan: its network, cut and repaired once, on both splits."""
         if name in self.run.report:
             return
-        measured = self.problem.evaluator.measure(plan)
-        network = self.problem.evaluator.realise(plan)
+        evaluator, paid = self.problem.evaluator, paid_facts(self.problem, self.config, plan)
+        network = evaluator.realise(plan)
+        accuracy, loss = evaluator.meter.accuracy_and_loss(network)
+        measured = Measurement(accuracy, loss, self.problem.graph.macs(plan), self.problem.graph.params(plan))
         test = measure_test(self.task, network, self.config.device)
         kept = [len(plan.keep[group.name]) for group in self.problem.graph.groups]
-        self.run.add_row(name, row_of(measured, test) | {"counts": kept} | facts)
+        self.run.add_row(name, row_of(measured, test) | {"counts": kept} | paid | facts)
 
     def random(self) -> Plan:
         """The best of as many random feasible plans as the run has episodes, and its row."""
@@ -139,6 +141,12 @@ def fine_tune_settings(task: Task, config: TrainConfig) -> TrainSettings:
     return replace(own, lr=config.fine_tune_lr)
 
 
+def paid_facts(problem: Problem, config: TrainConfig, plan: Plan) -> Row:
+    """What a search is paid for a plan: by which measure, and what that says; all else in a row is measured at once."""
+    paid = problem.evaluator.measure(plan)
+    return {"paid_by": config.env().measure, "paid_accuracy": paid.accuracy, "paid_steps": paid.steps}
+
+
 def uniform_plan(problem: Problem) -> Plan:
     """The same share in every group, at the problem's budget."""
     case: Case = case_of(heuristics.UNIFORM, problem)
@@ -203,7 +211,7 @@ def _caption(config: TrainConfig, runs: list[tuple[TrainConfig, dict[str, Row]]]
     policy = "; policy: the agent's own last plan" if "policy" in runs[0][1] else ""
     return (
         f"seeds {seeds}{' (means)' if len(runs) > 1 else ''}; {config.importance} importance, {repair}, "
-        f"refit {config.refit};{random} learned: best episode ({found}){policy}"
+        f"refit {config.refit}, paid by {config.env().measure};{random} learned: best episode ({found}){policy}"
     )
 
 

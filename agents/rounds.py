@@ -96,6 +96,7 @@ def _episode(number: int, source: str, guided: bool, info: dict[str, Any]) -> Ep
         int(info["params"]),
         info["counts"],
         terms,
+        info["steps"],
     )
 
 

@@ -167,5 +167,8 @@ def _seed_all(seed: int) -> None:
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Settings worth comparing between runs, for TensorBoard's HParams."""
-    names = ("task", "algorithm", "importance", "refit", "recalibrate", "budget", "budget_resource", "episodes", "seed")
+    names = (
+        "task", "algorithm", "importance", "refit", "recalibrate", "reward", "budget", "budget_resource", "episodes",
+        "seed",
+    )  # fmt: skip
     return {name: getattr(config, name) for name in names} | {"shape": config.shape or "none"}

@@ -21,6 +21,7 @@ from rich.console import Console
 from agents import plot
 from agents.callbacks import Bar, TensorBoard
 from agents.cli import INTERRUPTED, guarded, parse, stages
+from agents.config import resolved
 from agents.episode import PHASES, Episode, Memory
 from agents.record import RunFolder, refuse_existing, save_network
 from agents.report import Reporter, Row, table, uniform_plan
@@ -29,6 +30,7 @@ from agents.search_config import SearchConfig
 from agents.train import finished, make_task_of, problem_of
 from baselines.allocate import Counts
 from baselines.method import Case, case_of, plan_of
+from baselines.race import Race
 from baselines.search import begin, search_method, terms
 from baselines.trials import Search
 from prune_env.envs.dynamics import Problem
@@ -60,8 +62,7 @@ def _main(arguments: list[str]) -> int:
     order, console = parse(Order, arguments, program="python -m agents.search_baselines"), Console()
     config, path = order.config, order.resume
     if path is None:
-        if config.weights is not None:
-            config = replace(config, weights=str(Path(config.weights).expanduser().resolve()))
+        config = resolved(config)
         path = order.runs / config.name
         refuse_existing(path)
     else:
@@ -175,7 +176,7 @@ def play(problem: Problem, config: SearchConfig, run: RunFolder, *, observers: S
     for observer in observers:
         observer.resumed(memory)
     while (counts := search.ask()) is not None:
-        episode = _evaluated(case, search, counts)
+        episode = _evaluated(case, search, counts, race_of(config, memory.episodes))
         search = search.tell(counts, episode.rank)
         memory.episodes.append(episode)
         best = memory.best == episode.number
@@ -202,11 +203,16 @@ def _retold(search: Search, memory: Memory, problem: Problem) -> Search:
     return search
 
 
-def _evaluated(case: Case, search: Search, counts: Counts) -> Episode:
-    """The next episode: a plan, cut, repaired and measured on the search split."""
+def race_of(config: SearchConfig, earlier: Sequence[Episode]) -> Race | None:
+    """What a plan has to beat at each rung of its training; None where all are trained to the end."""
+    return Race(tuple(episode.rungs for episode in earlier), config.stop_worst) if config.stop_worst else None
+
+
+def _evaluated(case: Case, search: Search, counts: Counts, race: Race | None) -> Episode:
+    """The next episode: a plan, cut, repaired and measured on the search split, as far as the race lets it."""
     problem, plan, source = case.problem, plan_of(case, counts), search.source(counts)
-    measured = problem.evaluator.measure(plan)
-    paid = terms(case, measured)
+    measured, stopped = (problem.evaluator.measure(plan), {}) if race is None else race.measure(problem.evaluator, plan)
+    paid = terms(case, measured) | stopped
     return Episode(
         len(search.trials),
         PHASES[0] if source in search.known else SEARCHING,
@@ -218,6 +224,8 @@ def _evaluated(case: Case, search: Search, counts: Counts) -> Episode:
         measured.params,
         tuple(problem.graph.counts(plan).tolist()),
         paid,
+        measured.steps,
+        measured.rungs,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 from tyro.conf import Suppress, arg
 
 from agents.config import TrainConfig, unknown
+from baselines.race import RACERS
 from baselines.search import OPTIMISERS
 
 
@@ -36,10 +37,28 @@ class SearchConfig(TrainConfig):
     """Not of a search."""
     chunk: Suppress[int] = 1
     """Not of a search: every evaluation is a checkpoint."""
+    stop_worst: float = 0.0
+    """A short training goes on from a quarter, and from a half, of its steps only with an accuracy that this share of
+    the earlier plans did not reach there (the median: .5); 0 trains all to the end."""
     seed: int = 0
     """Seed of the splits, of a dense training, and of the search."""
     seeds: Suppress[tuple[int, ...]] = ()
     """Not of a search: one run at a time."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.stop_worst < 1:
+            raise ValueError(f"stop_worst is {self.stop_worst!r}; a share from 0 below 1 is allowed")
+        if self.stop_worst and (self.env().measure != "short-training" or self.algorithm not in RACERS):
+            raise ValueError(
+                f"stop_worst is {self.stop_worst!r} with reward {self.reward!r} and method {self.algorithm!r}; "
+                f"above 0 it is allowed with reward 'short-training' and one of {', '.join(RACERS)}"
+            )
+
+    @property
+    def paid(self) -> str:
+        """How episodes are measured, as a part of the name."""
+        return super().paid + (f"-stop{self.stop_worst:g}" if self.stop_worst else "")
 
     def check_algorithm(self) -> None:
         """Refuse a method that does not search.

@@ -17,7 +17,7 @@ from agents import plot
 from agents.algorithms import ALGORITHMS
 from agents.callbacks import Bar, TensorBoard
 from agents.cli import INTERRUPTED, guarded, parse, stages
-from agents.config import DEMONSTRATION, TrainConfig
+from agents.config import DEMONSTRATION, TrainConfig, resolved
 from agents.record import RunFolder, refuse_existing, save_network
 from agents.report import FINE_TUNED, Reporter, Row, table, uniform_plan
 from agents.rounds import make_workers
@@ -25,6 +25,7 @@ from agents.search import best_plan, policy_plan, search, settings_of, view_of
 from baselines.shaping import potential_of
 from prune_env.config import Material, build, make_task
 from prune_env.envs.dynamics import Problem
+from prune_env.envs.predictor import Predictor
 from prune_env.files import sweep, write
 from prune_env.tasks.task import Task
 
@@ -64,8 +65,7 @@ def _main(arguments: list[str]) -> int:
         config, runs = RunFolder.open(order.resume).config, order.resume.absolute().parent
         if config.program != TrainConfig.program:
             raise ValueError(f"{order.resume} goes on with: python -m {config.program} --resume {order.resume}")
-    if config.weights is not None:
-        config = replace(config, weights=str(Path(config.weights).expanduser().resolve()))
+    config = resolved(config)
     series = [replace(config, seed=seed) for seed in config.seeds or (config.seed,)]
     paths = {one.seed: runs / one.name for one in series}
     if order.resume is not None:
@@ -165,6 +165,8 @@ def finished(path: Path) -> bool:
 
 def make_task_of(config: TrainConfig, *, progress: Any = None) -> Task:
     """The task of a run, with its dense measurement."""
+    if config.predictor is not None:
+        Predictor.read(config.predictor)  # refused here, before a dense training
     options = asdict(config.env().task)
     return make_task(options.pop("task"), progress=progress, **options)
 
@@ -172,8 +174,7 @@ def make_task_of(config: TrainConfig, *, progress: Any = None) -> Task:
 def problem_of(task: Task, config: TrainConfig) -> Problem:
     """The decision problem of a run: the one that `prune_env.config.make` builds, from a task that is there already."""
     env = config.env()
-    calibration, search_split = task.calibration(env.calibration_images), task.search.take(len(task.search))
-    return build(Material(task.name, task.network, calibration, search_split, task.dense), env)
+    return build(Material.of(task, env), env)
 
 
 if __name__ == "__main__":

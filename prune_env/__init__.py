@@ -25,7 +25,7 @@ PUBLIC = {
     "RuntimeProblem": "prune_env.envs.runtime_dynamics",
     "RuntimePruningVectorEnv": "prune_env.envs.runtime_pruning",
     "Task": "prune_env.tasks.task",
-    "TaskConfig": "prune_env.config",
+    "TaskConfig": "prune_env.task_config",
     "attach": "prune_env.pruning.gating.network",
     "count_macs": "prune_env.pruning.measure",
     "count_params": "prune_env.pruning.measure",

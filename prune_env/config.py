@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prune_env.checks import check_budget, check_integer, check_name, check_range, is_number
 from prune_env.envs import observation
 from prune_env.envs.channel_pruning import ChannelPruningEnv
 from prune_env.envs.dynamics import Problem, check_budgets, open_steps
-from prune_env.envs.reward import REWARDS
+from prune_env.presets import MEASURES, PRESETS, Bench
 from prune_env.pruning import importance as importances
 from prune_env.pruning import tracing
 from prune_env.pruning.evaluator import Evaluator
@@ -26,55 +26,18 @@ from prune_env.pruning.importance import IMPORTANCES
 from prune_env.pruning.measure import Measurement, Meter, count_macs, count_params, number_format
 from prune_env.pruning.moments import REFITS, Moments
 from prune_env.pruning.runtime import PooledActivation
+from prune_env.task_config import TaskConfig
 from prune_env.tasks import task as tasks
+from prune_env.tasks.dense import usual_training
 from prune_env.tasks.images import Split
 from prune_env.tasks.task import Task
+from prune_env.tasks.training import TrainSettings
 
 RESOURCES = ("macs", "params")
 """What a budget of the env may bound. Latency is measured by a clock, so it is not among them."""
 
 RUNTIME_IMPORTANCES = {"pooled_activation": PooledActivation}
 """Predictors of what a channel is worth for one input."""
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """What is pruned.
-
-    Raises:
-        ValueError: A field of the wrong type or value.
-    """
-
-    task: str = "digits-cnn"
-    """Task name, `<data>-<network>`."""
-    network: str | None = None
-    """Other network than the task's: a zoo name, `torchvision:NAME` or `package.module:factory`."""
-    weights: str | None = None
-    """File with the dense weights (safetensors or a torch state dict); without it they are trained once and cached."""
-    normalise: str | None = None
-    """How images are normalised, by name or as six numbers; None takes the network's own."""
-    seed: int = 0
-    """Seed of the splits and of the dense training."""
-    epochs: int | None = None
-    """Epochs of the dense training; None takes the data set's own, 0 leaves random weights."""
-    search_size: int | None = None
-    """Images of the search split; None takes the data set's own."""
-    image_size: int | None = None
-    """Side to which image files are scaled, in pixels."""
-    root: str | None = None
-    """Data root; None takes `$PRUNE_ENV_DATA` or the user's cache."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.task, str) or not self.task:
-            raise ValueError(f"task is {self.task!r}; a name of the form <data>-<network> is allowed")
-        for name in ("network", "weights", "normalise", "root"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"{name} is {value!r}; text or None is allowed")
-        _check_integer("seed", self.seed, least=0)
-        for name, least in (("epochs", 0), ("search_size", 1), ("image_size", 1)):
-            if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), least=least)
 
 
 @dataclass(frozen=True)
@@ -100,7 +63,13 @@ class EnvConfig:
     runtime_importance: str = "pooled_activation"
     """Predictor of what a channel is worth for one input, shown in the observation."""
     reward: str = "accuracy"
-    """Reward preset."""
+    """A name in `PRESETS`: how an episode's network is measured, and what that earns."""
+    short_steps: int = 60
+    """Optimiser steps of each short training."""
+    short_lr: int | float = 0.02
+    """Its peak learning rate."""
+    predictor: str | None = None
+    """File with the coefficients of the reward `predicted`, from `python -m benchmarks.lasting --stage predictors`."""
     recalibrate: bool = True
     """Re-estimate BatchNorm statistics after the cut."""
     refit: str = "auto"
@@ -119,22 +88,37 @@ class EnvConfig:
     """Where networks run."""
 
     def __post_init__(self) -> None:
-        _check_name("budget_resource", self.budget_resource, RESOURCES)
-        _check_name("importance", self.importance, IMPORTANCES)
-        _check_name("runtime_importance", self.runtime_importance, RUNTIME_IMPORTANCES)
-        _check_name("reward", self.reward, REWARDS)
-        _check_name("refit", self.refit, ("auto", *REFITS))
-        for name, least in (("min_channels", 1), ("round_to", 1), ("calibration_images", 2)):
-            _check_integer(name, getattr(self, name), least=least)
-        if not _is_number(self.min_keep) or not 0 <= self.min_keep <= 1:
+        check_name("budget_resource", self.budget_resource, RESOURCES)
+        check_name("importance", self.importance, IMPORTANCES)
+        check_name("runtime_importance", self.runtime_importance, RUNTIME_IMPORTANCES)
+        check_name("reward", self.reward, PRESETS)
+        check_name("refit", self.refit, ("auto", *REFITS))
+        for name, least in (("min_channels", 1), ("round_to", 1), ("calibration_images", 2), ("short_steps", 1)):
+            check_integer(name, getattr(self, name), least=least)
+        if not is_number(self.min_keep) or not 0 <= self.min_keep <= 1:
             raise ValueError(f"min_keep is {self.min_keep!r}; a share in [0, 1] is allowed")
+        if not is_number(self.short_lr) or self.short_lr <= 0:
+            raise ValueError(f"short_lr is {self.short_lr!r}; a finite number above 0 is allowed")
+        if (self.predictor is None) == (self.measure == "predicted"):
+            what = "a file for the reward 'predicted', and None for all others, is allowed"
+            raise ValueError(f"predictor is {self.predictor!r} with the reward {self.reward!r}; {what}")
         for name in ("recalibrate", "hard_budget"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; True or False is allowed")
         if not isinstance(self.leave, tuple) or not all(isinstance(name, str) for name in self.leave):
             raise ValueError(f"leave is {self.leave!r}; a tuple of group names is allowed")
-        _check_budget(self.budget)
-        _check_range(self.budget_range)
+        check_budget(self.budget)
+        check_range(self.budget_range)
+
+    @property
+    def measure(self) -> str:
+        """How an episode's network is measured, a name in `MEASURES`."""
+        return PRESETS[self.reward].measure
+
+    @property
+    def chosen_refit(self) -> str:
+        """The refit that is really done."""
+        return "moments" if self.refit == "auto" else self.refit
 
     @classmethod
     def of(cls, task: str = "digits-cnn", **options: Any) -> EnvConfig:
@@ -146,7 +130,7 @@ class EnvConfig:
         inner = {f.name for f in dataclasses.fields(TaskConfig)}
         outer = {f.name for f in dataclasses.fields(cls)}
         for name in options:
-            _check_name("option", name, sorted(inner | outer))
+            check_name("option", name, sorted(inner | outer))
         own = {name: value for name, value in options.items() if name in inner}
         rest = {name: value for name, value in options.items() if name not in inner}
         return cls(TaskConfig(task, **own), **_tuples(rest))
@@ -195,7 +179,7 @@ def make(config: EnvConfig, *, progress: Any = None) -> Problem:
         ValueError: Anything in the config that cannot be built, in one line.
     """
     options = dataclasses.asdict(config.task)
-    return build(_material(tasks.make_task(options.pop("task"), progress=progress, **options), config), config)
+    return build(Material.of(tasks.make_task(options.pop("task"), progress=progress, **options), config), config)
 
 
 def make_env(
@@ -228,7 +212,7 @@ def make_problem(task: Task, **options: Any) -> Problem:
         ValueError: An unknown field or a value that is not allowed.
     """
     config = _config(options)
-    return build(_material(task, config), config)
+    return build(Material.of(task, config), config)
 
 
 def problem_from(
@@ -265,6 +249,8 @@ class Material:
         calibration: Training inputs and classes.
         search: Inputs and classes that plans are measured on.
         dense: The dense network's measurement, if it is known.
+        train: Images for short trainings.
+        training: Recipe of these.
     """
 
     name: str
@@ -272,6 +258,15 @@ class Material:
     calibration: tuple[Tensor, Tensor]
     search: tuple[Tensor, Tensor]
     dense: Measurement | None = None
+    train: Split | None = None
+    training: TrainSettings | None = None
+
+    @classmethod
+    def of(cls, task: Task, config: EnvConfig) -> Material:
+        """What a task gives to a problem."""
+        inputs = task.calibration(config.calibration_images), _everything(task.search)
+        training = usual_training(task.data, task.network_name, seed=task.seed)
+        return cls(task.name, task.network, *inputs, task.dense, task.train, training)
 
 
 def build(material: Material, config: EnvConfig) -> Problem:
@@ -286,6 +281,11 @@ def build(material: Material, config: EnvConfig) -> Problem:
     check_budgets(graph, steps, allowed, resource=config.budget_resource, values=values)
     meter = Meter(*material.search, dtype=number_format(network), device=config.device)
     dense = material.dense or _dense(network, meter, example=images[:1], name=material.name)
+    wanted = {name: getattr(config, name) for name in ("short_steps", "short_lr", "predictor", "recalibrate", "device")}
+    data = {"name": material.name, "train": material.train, "training": material.training}
+    judge = MEASURES[config.measure](
+        Bench(graph=graph, steps=steps, meter=meter, refit=config.chosen_refit, **data, **wanted)
+    )
     moments = Moments.collect(network, graph, images)
     seed = config.task.seed
     scores = importances.score(config.importance, network, graph, (images, labels), moments=moments, seed=seed)
@@ -316,11 +316,12 @@ def build(material: Material, config: EnvConfig) -> Problem:
             meter,
             calibration=images,
             recalibrate=config.recalibrate,
-            refit="moments" if config.refit == "auto" else config.refit,
+            refit=config.chosen_refit,
             moments=moments,
+            judge=judge,
             device=config.device,
         ),
-        reward=REWARDS[config.reward],
+        reward=PRESETS[config.reward].reward,
         value=config.budget,
         span=config.budget_range,
         hard=config.hard_budget,
@@ -331,19 +332,13 @@ def _config(options: Mapping[str, Any]) -> EnvConfig:
     """A config from fields of `EnvConfig` alone."""
     known = [f.name for f in dataclasses.fields(EnvConfig) if f.name != "task"]
     for name in options:
-        _check_name("option", name, known)
+        check_name("option", name, known)
     return EnvConfig(**_tuples(options))
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options with tuples for the lists that JSON and command lines hand over."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-
-
-def _material(task: Task, config: EnvConfig) -> Material:
-    """What a task gives to a problem."""
-    calibration = task.calibration(config.calibration_images)
-    return Material(task.name, task.network, calibration, _everything(task.search), task.dense)
 
 
 def _everything(split: Split) -> tuple[Tensor, Tensor]:
@@ -366,35 +361,3 @@ def _dense(network: nn.Module, meter: Meter, *, example: Tensor, name: str) -> M
     if not math.isfinite(loss):
         raise ValueError(f"the dense network of {name} has loss {loss} on the search split; check its weights")
     return Measurement(accuracy, loss, count_macs(network, example), count_params(network))
-
-
-def _check_name(what: str, name: object, known: Collection[str]) -> None:
-    """Refuse a name that is not known, naming the closest one."""
-    if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"{what} {name!r} is unknown; {hint}allowed: {', '.join(known)}")
-
-
-def _check_integer(what: str, value: object, *, least: int) -> None:
-    """Refuse anything but an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{what} is {value!r}; an integer of at least {least} is allowed")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_budget(value: object) -> None:
-    """Refuse what can be no budget of any network; whether it can be reached shows once the network is traced."""
-    if not _is_number(value) or value <= 0 or (value > 1 and value != int(value)):
-        raise ValueError(f"budget is {value!r}; a share in (0, 1] or a whole number above 1 is allowed")
-
-
-def _check_range(span: tuple[Any, ...] | None) -> None:
-    """Refuse a range that is not two rising shares."""
-    if span is None:
-        return
-    if len(span) != 2 or not all(map(_is_number, span)) or not 0 < span[0] <= span[1] <= 1:
-        raise ValueError(f"budget_range is {span!r}; two rising shares in (0, 1] are allowed")

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from prune_env.config import TaskConfig, _check_budget, _check_integer, _check_name, _check_range, _tuples
+from prune_env.checks import check_budget, check_integer, check_name, check_range
+from prune_env.config import _tuples
 from prune_env.envs.runtime_dynamics import RuntimeProblem, Scale
 from prune_env.envs.runtime_pruning import RuntimePruningEnv, RuntimePruningVectorEnv
 from prune_env.gates import prepared
@@ -17,6 +18,7 @@ from prune_env.pruning.gating.static import STATIC_IMPORTANCES
 from prune_env.pruning.gating.tradeoff import check_trust
 from prune_env.pruning.gating.walk import Walker
 from prune_env.pruning.measure import prepare_images
+from prune_env.task_config import TaskConfig
 from prune_env.tasks import task as tasks
 from prune_env.tasks.images import Split
 from prune_env.tasks.task import Task
@@ -59,15 +61,15 @@ class RuntimeConfig:
     """Where networks run."""
 
     def __post_init__(self) -> None:
-        _check_name("static_importance", self.static_importance, STATIC_IMPORTANCES)
-        _check_name("images", self.images, SPLITS)
-        _check_budget(self.budget)
-        _check_range(self.budget_range)
+        check_name("static_importance", self.static_importance, STATIC_IMPORTANCES)
+        check_name("images", self.images, SPLITS)
+        check_budget(self.budget)
+        check_range(self.budget_range)
         check_trust(self.runtime_trust)
         if isinstance(self.min_keep, bool) or not 0 < self.min_keep <= 1:
             raise ValueError(f"min_keep is {self.min_keep!r}; a share in (0, 1] is allowed")
         if self.gate_epochs is not None:
-            _check_integer("gate_epochs", self.gate_epochs, least=0)
+            check_integer("gate_epochs", self.gate_epochs, least=0)
 
     @classmethod
     def of(cls, task: str = "digits-cnn", **options: Any) -> RuntimeConfig:
@@ -79,7 +81,7 @@ class RuntimeConfig:
         inner = {f.name for f in dataclasses.fields(TaskConfig)}
         outer = {f.name for f in dataclasses.fields(cls)} - {"task"}
         for name in options:
-            _check_name("option", name, sorted(inner | outer))
+            check_name("option", name, sorted(inner | outer))
         own = {name: value for name, value in options.items() if name in inner}
         rest = {name: value for name, value in options.items() if name not in inner}
         return cls(TaskConfig(task, **own), **_tuples(rest))

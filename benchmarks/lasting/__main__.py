@@ -11,13 +11,14 @@ import torch
 
 from agents.cli import INTERRUPTED, guarded, parse
 from benchmarks.lasting import plans as plan_recipes
-from benchmarks.lasting import report, scores, truth
+from benchmarks.lasting import predictors, report, scores, truth
+from benchmarks.lasting.candidates import tables
 from benchmarks.lasting.short import Short
 from benchmarks.lasting.study import Job, Settings, Study, make_all
 from prune_env.tasks.progress import progress_bar
 
 PROGRAM = "python -m benchmarks.lasting"
-Stage = Literal["plans", "truth", "scores", "report"]
+Stage = Literal["plans", "truth", "scores", "report", "predictors"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Arguments(Settings):
     The same command goes on where a stopped one was, and may run several times at once on the same folder.
     """
 
-    stage: tuple[Stage, ...] = ("plans", "truth", "scores", "report")
-    """What is made. Truth and scores are of the plans that are made by then."""
+    stage: tuple[Stage, ...] = ("plans", "truth", "scores", "report", "predictors")
+    """What is made. Truth and scores are of the plans that are made by then, predictors are learned from both."""
     out: Path = Path("runs/records/lasting-cifar10-resnet20")
     """Folder of the records."""
     plans: tuple[str, ...] = ()
@@ -69,6 +70,9 @@ def run(arguments: Arguments) -> int:
                 make_all(_jobs(stage, study, arguments), told=tell)
     if "report" in arguments.stage:
         print(report.write_report(study.folder, study.settings))
+    if "predictors" in arguments.stage:
+        for file in predictors.write_predictors(study, tables(study.folder, study.settings)):
+            print(f"for --reward predicted: --predictor {file}")
     return 0
 
 

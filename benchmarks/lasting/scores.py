@@ -10,11 +10,12 @@ from torch import Tensor
 
 from baselines.heuristics import errors_of
 from baselines.method import Method, case_of
+from benchmarks.lasting.errors import error_sums
 from benchmarks.lasting.proxies import PROXIES
 from benchmarks.lasting.quality import quality
 from benchmarks.lasting.short import Entry, Short, trained
 from benchmarks.lasting.study import Job, Record, Study, read, save, timed
-from benchmarks.lasting.widths import error_sums, widths
+from prune_env.envs.widths import widths
 from prune_env.pruning.evaluator import Evaluator
 from prune_env.pruning.measure import number_format, prepare_images
 from prune_env.pruning.plan import Plan
@@ -89,7 +90,7 @@ class Bench:
 
     def _widths(self, plan: Record) -> dict[str, Entry]:
         problem = self.study.problem(plan["importance"], plan["repair"])
-        values, cost = timed(lambda: widths(problem, np.array(plan["counts"])))
+        values, cost = timed(lambda: widths(problem.graph, problem.steps, np.array(plan["counts"])))
         return {"widths": {**cost, "values": values}}
 
     def _error_curves(self, plan: Record) -> dict[str, Entry]:

@@ -59,15 +59,19 @@ class ChannelPruningEnv(gymnasium.Env[Observation, np.ndarray]):
 
     ## Rewards
 
-    0 until the last step, then the sum of the terms of `reward` (see `prune_env.envs.reward.REWARDS`):
+    0 until the last step, then the sum of the terms of `reward` (see `prune_env.presets.PRESETS`). It names what the
+    network earns, and how it is measured before that:
 
-    | Name | Terms |
-    |------|-------|
-    | `accuracy` | `accuracy` |
-    | `accuracy_guaranteed` | `error_log_size` = -error * log(macs) |
-    | `exponential_penalty` | `accuracy` = -error, `budget` = -1.2 (exp((B - Bbar) / 0.03) - 1) above the budget |
+    | Name | Measured | Terms |
+    |------|----------|-------|
+    | `accuracy`, `instant` | at once | `accuracy` |
+    | `accuracy_guaranteed` | at once | `error_log_size` = -error * log(macs) |
+    | `exponential_penalty` | at once | `accuracy` = -error, `budget` = -1.2 (exp((B - Bbar) / 0.03) - 1) above it |
+    | `short-training` | after `short_steps` steps of training in place | `accuracy` |
+    | `predicted` | at once; from that and the widths, a file foretells the rest | `accuracy`, as foretold |
 
-    The last comes due with `hard_budget=False` only; `accuracy_guaranteed` is meant for `budget=1`.
+    The penalty comes due with `hard_budget=False` only; `accuracy_guaranteed` is meant for `budget=1`. A plan is
+    measured once: its reward is a pure function of the actions, however it is measured.
 
     ## Starting State
 
@@ -88,7 +92,8 @@ class ChannelPruningEnv(gymnasium.Env[Observation, np.ndarray]):
     | `requested`, `applied` | step | the action, and the share that is kept |
     | `channels` | step | channels kept |
     | `clamped` | step | whether the budget moved the action |
-    | `accuracy`, `loss` | last step | the pruned network on the search split |
+    | `accuracy`, `loss` | last step | the pruned network on the search split, as the reward measures it |
+    | `steps` | last step | optimiser steps that this measurement takes |
     | `budget_met` | last step | whether the plan is inside the budget |
     | `counts` | last step | channels kept in each group of the graph |
     | `plan` | last step | the plan as JSON, for `prune_env.Plan.from_json` |
@@ -237,6 +242,7 @@ class ChannelPruningEnv(gymnasium.Env[Observation, np.ndarray]):
         info |= {
             "accuracy": self._pruned.accuracy,
             "loss": self._pruned.loss,
+            "steps": self._pruned.steps,
             "budget_met": info[state.budget.resource] <= state.budget.limit,
             "counts": tuple(dynamics.counts(self.problem, state).tolist()),
             "plan": plan.to_json(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,19 @@ CACHE_SIZE = 4096
 Key = tuple[tuple[int, ...] | None, ...]
 
 
+class Worth(NamedTuple):
+    """What a judge says of a network: fields of its `Measurement`."""
+
+    accuracy: float
+    loss: float
+    steps: int = 0
+    rungs: tuple[float, ...] = ()
+
+
+Judge = Callable[[nn.Module, Plan], Worth]
+"""(realised network, its plan) -> what it is worth. The network is the judge's own, and may be changed."""
+
+
 class Evaluator:
     """Cuts, repairs and measures; the environments, the methods and the reports all use it, so they agree.
 
@@ -36,6 +50,7 @@ class Evaluator:
         recalibrate: Whether BatchNorm statistics are estimated anew after the cut.
         refit: How the consumers of cut channels are refitted, one of `REFITS`.
         moments: Second moments of the dense network; needed for `refit="moments"`.
+        judge: What `measure` makes of a realised network; by default its accuracy and loss at once.
         device: Where networks are cut and measured.
 
     Attributes:
@@ -56,6 +71,7 @@ class Evaluator:
         recalibrate: bool = True,
         refit: str = "none",
         moments: Moments | None = None,
+        judge: Judge | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         if refit not in REFITS:
@@ -66,6 +82,7 @@ class Evaluator:
         self.graph = graph
         self._cutter = Cutter(network, graph)
         self.meter = meter
+        self.judge = judge or self.instant
         self.moments = moments
         self.refit = refit
         self.recalibrate = recalibrate
@@ -98,7 +115,7 @@ class Evaluator:
             sequential_refit(self.network, small, self.graph, plan, self.calibration)
 
     def measure(self, plan: Plan) -> Measurement:
-        """Accuracy and loss of the realised plan, its macs and params by closed form; remembered by plan.
+        """What the evaluator's judge says of the realised plan, its macs and params by closed form; remembered by plan.
 
         Raises:
             ValueError: The plan does not fit the graph.
@@ -106,13 +123,26 @@ class Evaluator:
         plan.check(self.graph)
         key = self._key(plan)
         if key not in self._measured:
-            accuracy, loss = self.meter.accuracy_and_loss(self.realise(plan))
-            self.evaluations += 1
-            self._measured[key] = Measurement(accuracy, loss, self.graph.macs(plan), self.graph.params(plan))
+            self._measured[key] = self.judged(plan, self.judge)
             if len(self._measured) > CACHE_SIZE:
                 self._measured.popitem(last=False)
         self._measured.move_to_end(key)
         return self._measured[key]
+
+    def judged(self, plan: Plan, judge: Judge) -> Measurement:
+        """What any judge says of the realised plan; not remembered.
+
+        Raises:
+            ValueError: The plan does not fit the graph.
+        """
+        worth = judge(self.realise(plan), plan)
+        self.evaluations += 1
+        sizes = {"macs": self.graph.macs(plan), "params": self.graph.params(plan)}
+        return Measurement(**worth._asdict(), **sizes)
+
+    def instant(self, network: nn.Module, plan: Plan) -> Worth:
+        """The usual judge: accuracy and loss as the network is."""
+        return Worth(*self.meter.accuracy_and_loss(network))
 
     def _key(self, plan: Plan) -> Key:
         """Kept channels per group, None where all are: the same for two plans that say the same."""

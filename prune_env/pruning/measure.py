@@ -34,6 +34,8 @@ class Measurement:
         params: Parameters.
         latency_s: Median seconds of a forward pass, where it was measured. Never part of equality: a clock's
             reading does not make two networks different.
+        steps: Optimiser steps that the measurement took; 0 where nothing was trained.
+        rungs: Accuracy at each place where the training could have been stopped, its end included.
     """
 
     accuracy: float
@@ -41,6 +43,8 @@ class Measurement:
     macs: int
     params: int
     latency_s: float | None = field(default=None, compare=False)
+    steps: int = 0
+    rungs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

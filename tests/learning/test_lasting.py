@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.lasting import plans, report, scores, truth
+from benchmarks.lasting import plans, predictors, report, scores, truth
 from benchmarks.lasting.__main__ import Arguments, main
 from benchmarks.lasting.candidates import tables
+from benchmarks.lasting.ranking import ridge
 from benchmarks.lasting.short import Short
 from benchmarks.lasting.study import Job, Record, Settings, Study, make_all, read, save
+from prune_env.config import make_problem
+from prune_env.envs.predictor import Predictor
+from prune_env.pruning.plan import Plan
 from prune_env.tasks.training import train
 
 TINY = Settings(
@@ -136,7 +140,7 @@ def test_a_fine_tuning_that_was_stopped_goes_on(study: Study, tmp_path: Path) ->
     assert not list(tmp_path.glob("truth/.*.safetensors"))
 
 
-def test_a_finished_study_is_only_read(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_finished_study_is_only_read(folder: Path, study: Study, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*-*.json")}
 
     def never(*arguments: object, **options: object) -> None:
@@ -147,7 +151,21 @@ def test_a_finished_study_is_only_read(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(report, "png", lambda figure: b"")
     assert main(words(folder)) == 0
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*-*.json")} == before
-    assert "tau-b" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tau-b" in said
+    assert f"--predictor {folder / 'predictors' / 'refit.json'}" in said
+    # what was learned from records pays an episode as those records would have been paid
+    for repair, refit in predictors.REPAIRS.items():
+        file = str(folder / "predictors" / f"{repair}.json")
+        known = Predictor.read(file)
+        problem = make_problem(study.task, reward="predicted", predictor=file, refit=refit)
+        own = ("digits-cnn", refit, 3, problem.channels)
+        assert (known.task, known.refit, known.plans, known.channels) == own
+        plan = study.plans()[0]
+        families = read(study.path("scores", plan["name"]))["families"]
+        values = families["widths"]["values"] | families[repair]["values"]
+        foretold = known.accuracy([values[name] for name in known.features])
+        assert problem.evaluator.measure(Plan(plan["keep"])).accuracy == pytest.approx(foretold, abs=1e-4)
 
 
 def test_scores_are_filled_up_by_what_is_missing(study: Study) -> None:
@@ -332,6 +350,21 @@ def test_the_headline_is_computed(invented: Path) -> None:
     text = report.headline(report.judged(table), 0.5)
     assert text.startswith("short training foresees fine-tuning better than measuring at once\n")
     assert "20@0.02 accuracy 1.00 for 4 s, cut accuracy -1.00 for 1 s" in text
+
+
+def test_a_predictor_is_the_line_through_its_plans(invented: Path) -> None:
+    names = [f"widths {name}" for name in predictors.FEATURES[:3]] + ["refit neg_loss"]
+    for rank, file in enumerate(sorted((invented / "scores").glob("*.json"))):
+        slope = {"log_widths": float(rank), "log_params": float(rank % 2), "tilt": 1.0}
+        found = {"widths": slope, "refit": {"neg_loss": -float(rank * rank)}}
+        entries = {name: {"cpu_s": 1.0, "wall_s": 1.0, "values": values} for name, values in found.items()}
+        save(file, {"plan": file.stem, "families": entries})
+    made = predictors.fitted(tables(invented, TINY), names, task="t", channels=(4,), refit="moments")
+    (table,) = tables(invented, TINY)
+    columns = np.stack([{one.name: one.values for one in table.candidates}[name] for name in names], axis=1)
+    foretold = [made.accuracy(row.tolist()) for row in columns]
+    assert foretold == pytest.approx(ridge(columns, table.truth)(columns))
+    assert (made.plans, made.refit, made.weights[2]) == (5, "moments", pytest.approx(0))
 
 
 def test_without_records_the_report_says_what_to_do_first(tmp_path: Path) -> None:

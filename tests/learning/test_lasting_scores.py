@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.lasting import proxies
+from benchmarks.lasting.errors import error_sums
 from benchmarks.lasting.proxies import PROXIES, ZEN_DRAWS, ZEN_MIX, zen
 from benchmarks.lasting.quality import quality
 from benchmarks.lasting.short import Short, extrapolated, power_law
-from benchmarks.lasting.widths import error_sums, widths
+from prune_env.envs.widths import widths
 from tests.env import small_networks
+from tests.env.problems import chain
 
 NOTHING = torch.zeros(1, dtype=torch.int64)
 
@@ -138,17 +139,13 @@ def test_quality_by_hand():
 
 
 def test_widths_by_hand():
-    def macs(n: np.ndarray) -> np.ndarray:
-        return 10 + 5 * n[..., 0] + 3 * n[..., 2] + 2 * n[..., 3]
-
-    graph = SimpleNamespace(full=np.array([4, 6, 8, 8]), cost={"macs": macs, "params": lambda n: n.sum(-1)})
-    problem = SimpleNamespace(graph=graph, steps=(0, 2, 3), channels=(4, 8, 8))
-    found = widths(problem, np.array([2, 4, 8]))
-    dense = 10 + 20 + 24 + 16
+    # params = 3 a + a b + b c + c d + 5 d, macs twice that; the group of 6 is not decided.
+    found = widths(chain([4, 6, 8, 8]), (0, 2, 3), np.array([2, 4, 8]))
+    dense = 12 + 24 + 48 + 64 + 40
     assert found == pytest.approx({
         "mean_keep": 2 / 3, "min_keep": 0.5, "min_channels": 2, "log_widths": math.log(64),
-        "log_params": math.log(2 + 6 + 4 + 8), "tilt": 0.5,
-        "macs_early": 10 / dense, "macs_middle": 12 / dense, "macs_late": 16 / dense,
+        "log_params": math.log(6 + 12 + 24 + 32 + 40), "tilt": 0.5,
+        "macs_early": (6 + 12) / dense, "macs_middle": (24 + 32) / dense, "macs_late": (32 + 40) / dense,
     })  # fmt: skip
 
 

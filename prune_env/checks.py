@@ -1,0 +1,41 @@
+"""Checks of single values: each refuses what is not allowed, in one line that names the parameter."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection
+from typing import Any
+
+
+def check_name(what: str, name: object, known: Collection[str]) -> None:
+    """Refuse a name that is not known, naming the closest one."""
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"{what} {name!r} is unknown; {hint}allowed: {', '.join(known)}")
+
+
+def check_integer(what: str, value: object, *, least: int) -> None:
+    """Refuse anything but an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{what} is {value!r}; an integer of at least {least} is allowed")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_budget(value: object) -> None:
+    """Refuse what can be no budget of any network; whether it can be reached shows once the network is traced."""
+    if not is_number(value) or value <= 0 or (value > 1 and value != int(value)):
+        raise ValueError(f"budget is {value!r}; a share in (0, 1] or a whole number above 1 is allowed")
+
+
+def check_range(span: tuple[Any, ...] | None) -> None:
+    """Refuse a range that is not two rising shares."""
+    if span is None:
+        return
+    if len(span) != 2 or not all(map(is_number, span)) or not 0 < span[0] <= span[1] <= 1:
+        raise ValueError(f"budget_range is {span!r}; two rising shares in (0, 1] are allowed")
