@@ -17,6 +17,9 @@ from prune_env.pruning.gating.accounting import Accounting
 TINY = Schedule(gates=1, scores=0, rounds=1, rollouts=1, network=1, final=1, ppo=PpoSettings(epochs=1))
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the runs that the table made."""

@@ -85,7 +85,7 @@ INSIDE = (
 )
 
 
-@pytest.mark.parametrize("text", INSIDE)
+@pytest.mark.parametrize("text", [*(pytest.param(text, marks=pytest.mark.slow) for text in INSIDE[:3]), *INSIDE[3:]])
 def test_a_run_killed_inside_a_stage_ends_as_if_it_had_not_been(
     text: str, task: Task, tmp_path: Path, whole: dict[str, torch.Tensor]
 ) -> None:
@@ -150,6 +150,7 @@ def test_a_diverging_command_says_so_in_one_line_and_can_be_resumed(
     assert "try a smaller lr" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_says_how_to_go_on_and_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

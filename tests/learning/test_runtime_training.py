@@ -270,7 +270,7 @@ def test_the_range_regulariser_takes_the_place_of_the_entropy(learner):
     np.testing.assert_allclose(minus.detach().numpy(), [0.0, -0.125, -0.005], atol=1e-6)
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, after):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
@@ -360,6 +360,7 @@ def test_the_network_can_be_trained_at_drawn_budgets():
     assert answers(50) == first
 
 
+@pytest.mark.slow
 def test_a_run_whose_network_serves_several_budgets_resumes_exactly(tmp_path):
     config = dataclasses.replace(CONFIG, network_spread=0.3)
     whole, parts = (RuntimeLearner(runtime_train.task_of(config), config, tmp_path / name) for name in ("a", "b"))

@@ -28,6 +28,13 @@ KINDS = ("chain", "residual", "grouped", "depthwise")
 """A chain with a flatten, a residual stream, grouped convolutions, an inverted residual."""
 SELF_DECIDING = {"polarization", "scop_negative", "scop_fdr", "directional_pruning"}
 """Methods whose own ratios may be below any budget."""
+TRAINED = [name for name, method in METHODS.items() if method.prepare is not method_module.unprepared]
+PAIRS = [
+    pytest.param(kind, name, marks=[pytest.mark.slow] * (name in TRAINED and kind in ("chain", "grouped")))
+    for kind in KINDS
+    for name in METHODS
+]
+"""Each method on each kind of network; what trains takes its time, and is fast on the two hardest alone."""
 PLAIN: dict[str, Any] = {"recalibrate": False, "refit": False, "calibration_images": 96}
 
 
@@ -54,7 +61,7 @@ def task(request: pytest.FixtureRequest) -> Task:
     return own_task(request.param)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("task", "method"), PAIRS, indirect=["task"])
 @pytest.mark.parametrize("resource", ["macs", "params"])
 def test_every_method_keeps_its_budget_as_torch_counts_it(task: Task, method: str, resource: str) -> None:
     count = {"macs": lambda network: count_macs(network, example()), "params": count_params}[resource]
@@ -66,7 +73,7 @@ def test_every_method_keeps_its_budget_as_torch_counts_it(task: Task, method: st
         assert all(count >= 1 for count in result.counts.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("task", "method"), PAIRS, indirect=["task"])
 def test_keeping_everything_is_the_identity_of_the_network_that_was_prepared(task: Task, method: str) -> None:
     x, full = example(5), Plan.full(trace(task.network, task.example))
     aims = ({"keep": 1.0},) if method in SELF_DECIDING else ({"keep": 1.0}, {"budget": 1.0})
@@ -110,7 +117,7 @@ def test_the_same_seed_gives_the_same_plan_and_the_same_measurement(method: str,
     assert first.test == second.test
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("task", "method"), PAIRS, indirect=["task"])
 def test_pruning_leaves_the_task_as_it_was(task: Task, method: str) -> None:
     before = copy.deepcopy(task.network.state_dict())
     prune(method, task, budget=0.5, calibration_images=96)
