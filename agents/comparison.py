@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agents.comparison_methods import DENSE, kind_of, methods_of
-from agents.config import TrainConfig, unknown
+from agents.config import TrainConfig, known_fields
 from agents.runtime_options import RuntimeTrainConfig
 from agents.search_config import SearchConfig
 from baselines.search import OPTIMISERS
@@ -214,11 +214,7 @@ class Comparison:
         record = json.loads(text)
         if not isinstance(record, dict):
             raise ValueError("a comparison is a JSON object")
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in record:
-            if name not in known:
-                raise ValueError(unknown("field", name, known))
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
+        return known_fields(cls, record)
 
 
 DECIDED = (

@@ -180,15 +180,25 @@ class TrainConfig:
         record = json.loads(text)
         if not isinstance(record, dict):
             raise ValueError("a run's config is a JSON object")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in record:
-            if name not in known:
-                raise ValueError(unknown("field", name, known))
-        # JSON has lists only
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in record.items()})
+        return known_fields(cls, record)
 
 
 Config = TypeVar("Config", bound=TrainConfig)
+Record = TypeVar("Record")
+
+
+def known_fields(kind: type[Record], record: dict[str, Any]) -> Record:
+    """A dataclass from what JSON has kept of it.
+
+    Raises:
+        ValueError: A field that it does not have (names the closest), or a value that is not allowed.
+    """
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in record:
+        if name not in known:
+            raise ValueError(unknown("field", name, known))
+    # JSON has lists only
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
 
 def resolved(config: Config) -> Config:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from agents.config import unknown
+from agents.config import known_fields, unknown
 from agents.runtime_agent import PpoSettings
 from prune_env.config import make_task
 from prune_env.gates import LEARNING_RATE
@@ -168,11 +168,7 @@ class RuntimeTrainConfig:
         record = json.loads(text)
         if not isinstance(record, dict) or record.pop("kind", None) != "runtime":
             raise ValueError('the config of a runtime run is a JSON object with "kind": "runtime"')
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in record:
-            if name not in known:
-                raise ValueError(unknown("field", name, known))
-        return cls(**record)
+        return known_fields(cls, record)
 
 
 def network_epochs(config: RuntimeTrainConfig) -> int:

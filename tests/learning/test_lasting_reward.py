@@ -96,26 +96,3 @@ def test_episodes_from_before_there_were_short_trainings_are_read(tmp_path: Path
     (run.path / "episodes.csv").write_text(",".join(EARLIER) + "\n0,warm-up,uniform,0.5,0.5,0.7,9,8,1 2\n")
     (episode,) = run.read_episodes()
     assert (episode.counts, episode.steps, episode.rungs) == ((1, 2), 0, ())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--reward", "short-trainin"], "did you mean 'short-training'"),
-        (["--reward", "short-training", "--short-steps", "0"], "short_steps is 0"),
-        (["--reward", "predicted"], "predictor is None"),
-        (["--reward", "predicted", "--predictor", "absent.json"], "No such file"),
-        (["--stop-worst", ".5"], "stop_worst is 0.5 with reward 'accuracy'"),
-        (["--reward", "short-training", "--stop-worst", "1"], "stop_worst is 1.0"),
-        (["--reward", "short-training", "--stop-worst", ".5", "--method", "annealing"], "method 'annealing'"),
-    ],
-)
-def test_bad_input_is_one_line_and_code_2(
-    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert search_baselines.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert said in error
-    assert not (tmp_path / "runs").exists()

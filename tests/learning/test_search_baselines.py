@@ -126,6 +126,13 @@ def test_a_corrupt_record_is_one_clear_line(text: str, said: str, tmp_path: Path
         (["--budget", "1.5"], "budget"),
         (["--workers", "2"], "workers"),
         (["--resume", "nowhere"], "no run folder"),
+        (["--reward", "short-trainin"], "did you mean 'short-training'"),
+        (["--reward", "short-training", "--short-steps", "0"], "short_steps is 0"),
+        (["--reward", "predicted"], "predictor is None"),
+        (["--reward", "predicted", "--predictor", "absent.json"], "No such file"),
+        (["--stop-worst", ".5"], "stop_worst is 0.5 with reward 'accuracy'"),
+        (["--reward", "short-training", "--stop-worst", "1"], "stop_worst is 1.0"),
+        (["--reward", "short-training", "--stop-worst", ".5", "--method", "annealing"], "method 'annealing'"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(
