@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agents import runtime_train
 from agents.cli import INTERRUPTED
-from agents.runtime_options import RuntimeTrainConfig
+from agents.runtime_options import RuntimeTrainConfig, network_epochs
+from prune_env.files import write
+
+TRUSTS = {"static": 0.0, "both": 0.5, "runtime": 1.0}
+"""Row -> trust of the run that it is; the row of another trust is named by the number."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class RunSettings:
     """CPU threads."""
     runs: Path = Path("runs")
     """Folder of the runs."""
+    records: Path | None = None
+    """Folder of the finished rows, one small JSON file each; `records` in the folder of the runs by default."""
     epochs: int | None = None
     """Epochs of the dense training; the task's own by default."""
 
@@ -44,8 +51,56 @@ class RunSettings:
             seed=seed,
         )
 
+    def record(self, row: str, seed: int) -> Path:
+        """Where a row is recorded."""
+        folder = self.records or self.runs / "records"
+        schedule = "" if self.schedule is None else f"-{self.schedule}"
+        return folder / f"{self.task}-keep{self.keep:g}{schedule}-{row}-seed{seed}.json"
 
+
+Record = dict[str, Any]
 Rows = dict[str, dict[str, Any]]
+
+
+def recorded(settings: RunSettings, row: str, seed: int) -> Record | None:
+    """A row's record if there is one.
+
+    Raises:
+        ValueError: It is corrupt.
+    """
+    file = settings.record(row, seed)
+    if not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is corrupt: {error}") from None
+
+
+def made(settings: RunSettings, row: str, seed: int, make: Callable[[], Record]) -> Record:
+    """A row from its record, or made and recorded."""
+    record = recorded(settings, row, seed)
+    if record is None:
+        facts = {"row": row, "seed": seed, "task": settings.task, "keep": settings.keep, "schedule": settings.schedule}
+        record = {**facts, **make()}
+        file = settings.record(row, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, json.dumps(record, indent=2))
+    return record
+
+
+def row_of(trust: float) -> str:
+    """The name of the row that agents learn at some trust."""
+    return next((row for row, value in TRUSTS.items() if value == trust), f"trust{trust:g}")
+
+
+def agents_row(settings: RunSettings, trust: float, seed: int) -> Record:
+    """A row that agents learn."""
+    config = settings.config(seed, trust)
+    rows = learned(config, settings.runs)
+    dense = {split: rows["dense"][split]["accuracy"] for split in ("search", "test")}
+    found = {name: rows["learned"][name] for name in ("search", "test", "offset", "static_keep", "kept")}
+    return {"dense": dense, "epochs": network_epochs(config), "trust": config.runtime_trust, **found}
 
 
 def learned(config: RuntimeTrainConfig, runs: Path) -> Rows:

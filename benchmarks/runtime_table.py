@@ -12,10 +12,10 @@ share in every layer. What was interrupted goes on, what is finished is only rea
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from agents.cli import stages
 from agents.runtime_options import network_epochs
 from agents.runtime_train import task_of
 from baselines.runtime import RUNTIME_METHODS, attached, run_runtime
-from benchmarks.runtime_runs import RunSettings, learned
+from benchmarks.runtime_runs import TRUSTS, Record, RunSettings, agents_row, made, recorded
 from prune_env.files import write
 from prune_env.gates import gate_settings
 from prune_env.pruning import archive
@@ -35,9 +35,6 @@ from prune_env.pruning.engine.measurement import compare_latency
 from prune_env.pruning.gating.accounting import Accounting
 from prune_env.pruning.measure import Meter
 from prune_env.tasks.training.settings import DTYPES
-
-TRUSTS = {"static": 0.0, "runtime": 1.0, "both": 0.5}
-"""Row -> trust of the run that it is."""
 
 IMAGES = 16
 """Test images that latencies are taken on."""
@@ -52,8 +49,6 @@ NAMES = {
 }
 """Row -> what the table calls it, in the table's order."""
 
-Record = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Settings(RunSettings):
@@ -63,8 +58,6 @@ class Settings(RunSettings):
     """Rows to make, of static, fbs, runtime, both, runtime_uniform and static_uniform."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of splits, trainings and agents."""
-    records: Path | None = None
-    """Folder of the finished rows, one small JSON file each; `records` in the folder of the runs by default."""
     latency: tuple[int, ...] = ()
     """Numbers of threads to time each row's deployed network with, for one image; leave the machine alone then."""
     only_print: bool = False
@@ -80,21 +73,6 @@ class Settings(RunSettings):
         if row in TRUSTS:
             return self.runs / self.config(seed, TRUSTS[row]).name
         return self.runs / f"{self.task}-keep{self.keep:g}-baselines-{row}-seed{seed}" / "deployed"
-
-    def record(self, row: str, seed: int) -> Path:
-        """Where a row is recorded."""
-        folder = self.records or self.runs / "records"
-        schedule = "" if self.schedule is None else f"-{self.schedule}"
-        return folder / f"{self.task}-keep{self.keep:g}{schedule}-{row}-seed{seed}.json"
-
-
-def agents_row(settings: Settings, row: str, seed: int) -> Record:
-    """A row that agents learn."""
-    config = settings.config(seed, TRUSTS[row])
-    rows = learned(config, settings.runs)
-    dense = {split: rows["dense"][split]["accuracy"] for split in ("search", "test")}
-    found = {name: rows["learned"][name] for name in ("search", "test", "offset", "static_keep", "kept")}
-    return {"dense": dense, "epochs": network_epochs(config), "trust": config.runtime_trust, **found}
 
 
 def baseline_row(settings: Settings, row: str, seed: int) -> Record:
@@ -125,22 +103,15 @@ def baseline_row(settings: Settings, row: str, seed: int) -> Record:
     return {"dense": dense, "epochs": network_epochs(config), "trust": result.trust, **found}
 
 
-def made(settings: Settings, row: str, seed: int, make: Callable[[Settings, str, int], Record]) -> Record:
-    """A row from its record, or made and recorded."""
-    file = settings.record(row, seed)
-    if file.exists():
-        return json.loads(file.read_text())
-    facts = {"row": row, "seed": seed, "task": settings.task, "keep": settings.keep, "schedule": settings.schedule}
-    record = {**facts, **make(settings, row, seed)}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps(record, indent=2))
-    return record
+def _row(settings: Settings, row: str, seed: int) -> Record:
+    if row in RUNTIME_METHODS:
+        return baseline_row(settings, row, seed)
+    return agents_row(settings, TRUSTS[row], seed)
 
 
 def timed(settings: Settings, row: str, seed: int) -> None:
     """Add the latency of a row's deployed network, and of the dense one beside it, to its record."""
-    file = settings.record(row, seed)
-    record = json.loads(file.read_text())
+    record = recorded(settings, row, seed)
     task, deployed = task_of(settings.config(seed)), archive.load(settings.network(row, seed))
     images = task.test.take(IMAGES)[0].float().split(1)
     record["latency_ms"] = {
@@ -150,7 +121,7 @@ def timed(settings: Settings, row: str, seed: int) -> None:
         }
         for threads in settings.latency
     }
-    write(file, json.dumps(record, indent=2))
+    write(settings.record(row, seed), json.dumps(record, indent=2))
 
 
 def _latency(tests: Sequence[Record]) -> str:
@@ -201,10 +172,10 @@ def _dense(records: Sequence[Record]) -> str:
     )
 
 
-def recorded(settings: Settings) -> list[Record]:
+def records(settings: Settings) -> list[Record]:
     """The wanted rows that are recorded."""
-    files = (settings.record(row, seed) for seed in settings.seeds for row in settings.rows)
-    return [json.loads(file.read_text()) for file in files if file.exists()]
+    found = (recorded(settings, row, seed) for seed in settings.seeds for row in settings.rows)
+    return [record for record in found if record is not None]
 
 
 def main(settings: Settings) -> None:
@@ -212,12 +183,12 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     for seed in () if settings.only_print else settings.seeds:
         for row in settings.rows:
-            made(settings, row, seed, baseline_row if row in RUNTIME_METHODS else agents_row)
+            made(settings, row, seed, partial(_row, settings, row, seed))
     for seed in settings.seeds if settings.latency else ():
         for row in settings.rows:
-            if settings.record(row, seed).exists():
+            if recorded(settings, row, seed) is not None:
                 timed(settings, row, seed)
-    print(table(recorded(settings)))
+    print(table(records(settings)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What trust in the runtime decision trades: test accuracy against stored parameters, at one budget of mean macs.
 
-One run of `agents.train runtime` for each trust R; finished ones are only read, interrupted ones go on.
+One run of `agents.train runtime` for each trust R, recorded as a row of `benchmarks.runtime_table` is (at 0, .5 and 1
+it is that row). Recorded ones are only read, interrupted ones go on.
 
     python -m benchmarks.trust_sweep --task cifar10-m-cifarnet --weights FILE.safetensors --keep 0.5 \
         --trusts 0 .25 .5 .75 1 --schedule short --seed 0 --threads 2 --runs DIR --out docs/trust_sweep.png
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from agents.plot import BLUE, GREY, png
-from benchmarks.runtime_runs import Rows, RunSettings, finished, learned
+from benchmarks.runtime_runs import Record, RunSettings, agents_row, made, recorded, row_of
 from benchmarks.timing import show
 from prune_env.files import write
 
@@ -33,37 +35,42 @@ class Settings(RunSettings):
     out: Path = Path("docs/trust_sweep.png")
     """The picture."""
     only_draw: bool = False
-    """Draw the runs that are finished, and train none."""
+    """Draw the runs that are recorded, and train none."""
 
 
-def reports(settings: Settings) -> dict[float, Rows]:
-    """Trust -> the report of its run.
+def records(settings: Settings) -> dict[float, Record]:
+    """Trust -> its record.
 
     Raises:
-        ValueError: A trust that is not allowed, or none is finished and none may be trained.
+        ValueError: A trust that is not allowed, or none is recorded and none may be trained.
     """
-    configs = {trust: settings.config(settings.seed, trust) for trust in sorted(set(settings.trusts))}
-    read = finished if settings.only_draw else learned
-    found = {trust: read(config, settings.runs) for trust, config in configs.items()}
-    kept = {trust: rows for trust, rows in found.items() if rows is not None}
-    if not kept:
-        raise ValueError(f"{settings.runs} holds no finished run at trusts {', '.join(f'{t:g}' for t in configs)}")
-    return kept
+    found: dict[float, Record] = {}
+    for trust in sorted(set(settings.trusts)):
+        settings.config(settings.seed, trust)  # refuses what is not allowed
+        row, make = row_of(trust), partial(agents_row, settings, trust, settings.seed)
+        read, seed = settings.only_draw, settings.seed
+        record = recorded(settings, row, seed) if read else made(settings, row, seed, make)
+        if record is not None:
+            found[trust] = record
+    if not found:
+        listed = ", ".join(f"{trust:g}" for trust in settings.trusts)
+        raise ValueError(f"{settings.records or settings.runs} has no record of a run at trusts {listed}")
+    return found
 
 
-def figure(task: str, keep: float, found: Mapping[float, Rows]) -> Figure:
+def figure(task: str, keep: float, found: Mapping[float, Record]) -> Figure:
     """One point per trust, and the dense network as a line.
 
     Args:
         task: Its name.
         keep: The share that sets the budget.
-        found: Trust -> report.
+        found: Trust -> record.
     """
-    tests = {trust: rows["learned"]["test"] for trust, rows in sorted(found.items())}
+    tests = {trust: record["test"] for trust, record in sorted(found.items())}
     params = [test["params_share"] for test in tests.values()]
     accuracies = [100 * test["accuracy"] for test in tests.values()]
     macs = [test["dynamic_macs_share"] for test in tests.values()]
-    dense = 100 * next(iter(found.values()))["dense"]["test"]["accuracy"]
+    dense = 100 * next(iter(found.values()))["dense"]["test"]
     drawn = Figure(figsize=(6.4, 4.0), layout="constrained", facecolor="white")
     axes = drawn.add_subplot()
     axes.axhline(dense, color=GREY, linestyle="--", linewidth=1.4, label=f"dense network, {dense:.2f} %")
@@ -86,10 +93,10 @@ def figure(task: str, keep: float, found: Mapping[float, Rows]) -> Figure:
 def main(settings: Settings) -> None:
     """Train what is missing, draw, and print the numbers."""
     torch.set_num_threads(settings.threads)
-    found = reports(settings)
+    found = records(settings)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     write(settings.out, png(figure(settings.task, settings.keep, found)))
-    tests = {trust: rows["learned"]["test"] for trust, rows in sorted(found.items())}
+    tests = {trust: record["test"] for trust, record in found.items()}
     show(
         f"{settings.task}, even share {settings.keep:g}, seed {settings.seed}; {settings.out}",
         ["trust", "test accuracy", "macs", "params"],

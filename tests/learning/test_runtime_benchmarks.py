@@ -48,7 +48,7 @@ def table(runs: Path, **changes: object) -> runtime_table.Settings:
 
 
 def test_all_rows_meet_one_budget_with_the_same_training(runs: Path) -> None:
-    records = runtime_table.recorded(table(runs))
+    records = runtime_table.records(table(runs))
     assert [record["row"] for record in records] == ["static", "fbs", "runtime"]
     assert {record["epochs"] for record in records} == {3}
     assert len({record["dense"]["test"] for record in records}) == 1
@@ -99,13 +99,13 @@ def test_means_and_distances_by_hand() -> None:
 def test_rows_of_another_folder_are_read_from_finished_runs(runs: Path, tmp_path: Path) -> None:
     settings = table(runs, records=tmp_path, rows=("static", "runtime"))
     runtime_table.main(settings)
-    assert runtime_table.recorded(settings) == runtime_table.recorded(dataclasses.replace(settings, records=None))
+    assert runtime_table.records(settings) == runtime_table.records(dataclasses.replace(settings, records=None))
 
 
 def test_deployed_networks_are_timed_and_the_record_keeps_it(runs: Path) -> None:
     settings = table(runs, rows=("fbs", "runtime"), latency=(1,))
     runtime_table.main(settings)
-    for record in runtime_table.recorded(settings):
+    for record in runtime_table.records(settings):
         assert set(record["latency_ms"]["1"]) == {"dense", "deployed"}
 
 
@@ -134,21 +134,22 @@ def test_the_sweep_draws_the_runs_of_the_table(runs: Path, tmp_path: Path, capsy
     out = tmp_path / "pictures" / "sweep.png"
     settings = trust_sweep.Settings(runs=runs, epochs=0, trusts=(1.0, 0.0), out=out)
     trust_sweep.main(settings)
+    assert trust_sweep.records(settings)[1.0] in runtime_table.records(table(runs))
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "digits-cnn" in capsys.readouterr().out
-    found = trust_sweep.reports(dataclasses.replace(settings, trusts=(0.0, 0.5, 1.0), only_draw=True))
+    found = trust_sweep.records(dataclasses.replace(settings, trusts=(0.0, 0.5, 1.0), only_draw=True))
     assert list(found) == [0.0, 1.0]
     (axes,) = trust_sweep.figure("digits-cnn", 0.5, found).axes
     reference, line = axes.get_lines()
-    assert set(reference.get_ydata()) == {100 * found[0.0]["dense"]["test"]["accuracy"]}
-    tests = [found[trust]["learned"]["test"] for trust in (0.0, 1.0)]
+    assert set(reference.get_ydata()) == {100 * found[0.0]["dense"]["test"]}
+    tests = [found[trust]["test"] for trust in (0.0, 1.0)]
     assert list(line.get_xdata()) == [test["params_share"] for test in tests]
     assert list(line.get_ydata()) == [100 * test["accuracy"] for test in tests]
     assert [text.get_text() for text in axes.texts] == ["R = 0", "R = 1"]
-    with pytest.raises(ValueError, match="no finished run"):
-        trust_sweep.reports(dataclasses.replace(settings, runs=tmp_path, only_draw=True))
+    with pytest.raises(ValueError, match="no record of a run"):
+        trust_sweep.records(dataclasses.replace(settings, runs=tmp_path, only_draw=True))
     with pytest.raises(ValueError, match=r"runtime_trust is 1\.5"):
-        trust_sweep.reports(dataclasses.replace(settings, trusts=(1.5,)))
+        trust_sweep.records(dataclasses.replace(settings, trusts=(1.5,)))
 
 
 def test_a_run_is_asked_at_several_budgets(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
