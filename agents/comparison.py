@@ -19,6 +19,7 @@ from agents.search_config import SearchConfig
 from baselines.search import OPTIMISERS
 from prune_env.config import make_task
 from prune_env.envs.dynamics import check_budgets, open_steps
+from prune_env.envs.predictor import Predictor
 from prune_env.pruning.tracing import trace
 from prune_env.tasks import task as tasks
 from prune_env.tasks.dense import parse_name
@@ -88,6 +89,14 @@ class Comparison:
     """Training images for recalibration, refit and data-driven importance."""
     evaluations: int = 100
     """Networks that each agent and each search cuts and measures."""
+    reward: str = "accuracy"
+    """What pays agents and searches; see python -m agents.train --help."""
+    short_steps: int = 60
+    """Optimiser steps of each short training, if that pays."""
+    short_lr: float = 0.02
+    """Its peak learning rate."""
+    predictor: str | None = None
+    """File that the reward predicted reads."""
     fine_tune_epochs: int = 0
     """Epochs of training after the cut, the same for every row."""
     fine_tune_lr: float = 0.05
@@ -109,6 +118,8 @@ class Comparison:
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; at least one value is needed")
         object.__setattr__(self, "budgets", tuple(float(budget) for budget in self.budgets))
+        if self.predictor is not None:
+            object.__setattr__(self, "predictor", str(Path(self.predictor).expanduser().resolve()))
         for task in self.tasks:
             parse_name(task)
         for entry in self.weights:
@@ -139,9 +150,11 @@ class Comparison:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """The fields that hold for all cells; of weights, what is in the files rather than where they are."""
+        """The fields that hold for all cells; of files, what is in them rather than where they are."""
         record = {name: value for name, value in dataclasses.asdict(self).items() if name not in LISTS}
-        return record | {"weights": {task: _sha256(file) for task, file in self.files.items()}}
+        predictor = None if self.predictor is None else _sha256(Path(self.predictor))
+        weights = {task: _sha256(file) for task, file in self.files.items()}
+        return record | {"weights": weights, "predictor": predictor}
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -188,11 +201,13 @@ class Comparison:
         )
 
     def check_reachable(self) -> None:
-        """Refuse budgets that no method can reach. Reads the data, but trains nothing.
+        """Refuse budgets that no method can reach, and a predictor that is none. Reads the data, but trains nothing.
 
         Raises:
-            ValueError: Says the smallest share that can be reached.
+            ValueError: Says the smallest share that can be reached, or what is wrong with the predictor.
         """
+        if self.predictor is not None:
+            Predictor.read(self.predictor)
         for name in self.tasks:
             file = self.files.get(name)
             task = tasks.make_task(name, weights=file, epochs=None if file else 0, seed=self.seeds[0])
@@ -218,8 +233,8 @@ class Comparison:
 
 
 DECIDED = (
-    "epochs", "budget_resource", "importance", "refit", "recalibrate", "calibration_images", "fine_tune_epochs",
-    "fine_tune_lr", "threads", "device",
+    "epochs", "budget_resource", "importance", "reward", "short_steps", "short_lr", "predictor", "refit", "recalibrate",
+    "calibration_images", "fine_tune_epochs", "fine_tune_lr", "threads", "device",
 )  # fmt: skip
 """Fields of a run that the comparison decides, under the same name."""
 

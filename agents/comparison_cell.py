@@ -150,11 +150,13 @@ def run_folder(path: Path, config: TrainConfig) -> RunFolder:
 
 def evaluated(work: Work, problem: Problem, plan: Plan, evaluations: int, config: TrainConfig) -> Found:
     """The plan of whoever evaluated many."""
+    short = config.env().measure == "short-training"
     facts = {
         "importance": config.importance,
         "repair": config.refit,
         "own_training": "",
         "evaluations": evaluations,
+        "paid_by": config.reward + (f", {config.short_steps} steps, lr {config.short_lr:g}" if short else ""),
         "own": own_settings(config, decided=(*DECIDED, *work.comparison.protocol)),
     }
     return Found(problem.evaluator.realise(plan), plan, problem, work.task, facts)

@@ -18,7 +18,7 @@ MEASURED = (
 )  # fmt: skip
 """Numbers of a line. `macs` are the same for every image, `dynamic_macs` means over images: no row has both."""
 
-FACTS = ("importance", "repair", "recalibrate", "own_training", "evaluations", "own")
+FACTS = ("importance", "repair", "recalibrate", "own_training", "evaluations", "paid_by", "own")
 """In which rows may differ."""
 
 COLUMNS = (
@@ -89,6 +89,7 @@ ROWS: tuple[Column, ...] = (
     ("own training before", lambda row: row.fact("own_training")),
     ("fine-tune epochs", lambda row: row.fact("epochs")),
     ("evaluations", lambda row: row.fact("evaluations")),
+    ("paid by", lambda row: row.fact("paid_by")),
     ("own settings", lambda row: row.fact("own")),
     ("CPU s to find", lambda row: number(row, "find", ".2f")),
     ("seeds", lambda row: " ".join(map(str, row.seeds))),

@@ -40,7 +40,8 @@ def _what(rows: Sequence[Summary], records: Sequence[Record], missing: int) -> s
     state += f", {failed} failed (listed below)" if failed else ", none failed"
     state += f", {missing} not measured yet" if missing else ""
     spent = any(row.kind in ("search", "learned") for row in rows)
-    searched = f" Agents and searches measured at most {evaluations} networks each." if spent else ""
+    paid = {"accuracy": "", "instant": ""}.get(protocol["reward"], f", paid by {protocol['reward']}")
+    searched = f" Agents and searches measured at most {evaluations} networks each{paid}." if spent else ""
     return (
         f"{_count(len(methods), 'method')} pruned the network of {rows[0].task} to {aims}, with "
         f"{_count(len(seeds), 'seed')} ({', '.join(map(str, seeds))}): {state}. All got the same dense network and the "

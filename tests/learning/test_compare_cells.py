@@ -21,6 +21,8 @@ from agents.comparison_cell import DONE, TAKEN, work_on
 from agents.comparison_executor import RayTasks, run_cells
 from agents.comparison_report import write_report
 from agents.comparison_store import Record, Store, digest
+from agents.comparison_summary import summaries
+from agents.comparison_tables import csv_text, markdown
 from agents.runtime_agent import PpoSettings
 from agents.runtime_options import SCHEDULES, Schedule
 from baselines import prune
@@ -88,6 +90,24 @@ def test_a_row_is_what_the_method_gives_by_itself(store: Store) -> None:
     # searches and agents begin with the uniform plan: what they choose is no worse on the search split
     uniform = of(store, "uniform")["measured"]["search_accuracy"]
     assert all(of(store, method)["measured"]["search_accuracy"] >= uniform for method in ("cem", "td3"))
+
+
+def test_agents_and_searches_are_paid_by_the_comparison_s_reward(store: Store, tmp_path: Path) -> None:
+    lasting = dataclasses.replace(TINY, methods=("uniform", "cem", "td3"), reward="short-training", short_steps=2)
+    with pytest.raises(ValueError, match="reward"):
+        Store.create(store.path, lasting)
+    made = Store.create(tmp_path / "runs", lasting)
+    assert [work_on(made.path, cell) for cell in lasting.cells] == [DONE] * 4
+    records = {cell.method: made.record(cell) or {} for cell in lasting.cells}
+    for method in ("cem", "td3"):
+        assert records[method]["facts"]["paid_by"] == "short-training, 2 steps, lr 0.02"
+        assert records[method]["facts"]["own"] == of(store, method)["facts"]["own"]
+    assert "paid_by" not in records["uniform"]["facts"]
+    assert records["uniform"]["measured"] == of(store, "uniform")["measured"]
+    csv, table = (form(list(records.values())) for form in (csv_text, lambda some: markdown(summaries(some))))
+    assert csv.count('"short-training, 2 steps, lr 0.02"') == 2
+    assert "| paid by |" in table
+    assert "paid by" not in markdown(summaries([of(store, "uniform")]))
 
 
 def test_a_sample_of_rows_repeats_in_a_fresh_process(store: Store) -> None:
