@@ -20,8 +20,8 @@ from agents.comparison_cell import measured
 from agents.comparison_executor import EXECUTORS, imported_ray, run_cells
 from agents.comparison_report import write_report
 from agents.comparison_store import Store, read_record
-from agents.config import unknown
 from agents.evaluate import DISAGREES, disagreements
+from prune_env.checks import check_name
 
 PROGRAM = "python -m agents.compare"
 
@@ -52,8 +52,7 @@ class Order:
     """Records (DIR/cells/NAME.json) whose cells are measured anew, from nothing, and compared with them."""
 
     def __post_init__(self) -> None:
-        if self.executor not in EXECUTORS:
-            raise ValueError(unknown("executor", self.executor, EXECUTORS))
+        check_name("executor", self.executor, EXECUTORS)
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers is {self.workers}; at least 1 is allowed")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from agents.algorithms import ALGORITHMS
-from agents.config import unknown
 from baselines import METHODS
 from baselines.runtime import RUNTIME_METHODS
 from baselines.search import OPTIMISERS
+from prune_env.checks import check_name
 
 HEURISTICS = ("uniform", "random", "global_magnitude", "lamp", "first_last", "greedy", "error_curves")
 """Of `baselines.METHODS`, those that are rules of thumb; the others are searches or published methods."""
@@ -65,8 +65,6 @@ def _methods(word: str) -> tuple[str, ...]:
     if word in GROUPS:
         return KINDS[GROUPS[word]]
     name = "td3" if word == LEARNED else word.removeprefix(f"{LEARNED}:")
-    known = [name for names in KINDS.values() for name in names]
-    wrong_kind = word != name and name not in ALGORITHMS
-    if name not in known or wrong_kind:
-        raise ValueError(unknown("method", word, (*known, LEARNED, *GROUPS, *(f"{LEARNED}:{a}" for a in ALGORITHMS))))
+    plain = [name for names in KINDS.values() for name in names]
+    check_name("method", word, (*plain, LEARNED, *GROUPS, *(f"{LEARNED}:{a}" for a in ALGORITHMS)))
     return (name,)

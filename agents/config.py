@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from agents.algorithms import ALGORITHMS
 from baselines.shaping import Shaping
+from prune_env.checks import check_integer, check_name
 from prune_env.config import EnvConfig
 from prune_env.tasks.dense import parse_name
 
@@ -99,13 +99,13 @@ class TrainConfig:
         object.__setattr__(self, "leave", tuple(self.leave))
         object.__setattr__(self, "seeds", tuple(self.seeds))
         for seed in self.seeds:
-            _integer("seeds", seed, 0)
+            check_integer("seeds", seed, least=0)
         self.check_algorithm()
         for name, least in (("episodes", 1), ("workers", 1), ("chunk", 1), ("fine_tune_epochs", 0)):
-            _integer(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), least=least)
         for name, least in (("warm_up", 0), ("threads", 1)):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), least)
+                check_integer(name, getattr(self, name), least=least)
         if not 0 < self.fine_tune_lr < float("inf"):
             raise ValueError(f"fine_tune_lr is {self.fine_tune_lr}; a finite number above 0 is allowed")
         self.shaping()
@@ -118,8 +118,7 @@ class TrainConfig:
         Raises:
             ValueError: An unknown algorithm, or a value that is not allowed.
         """
-        if algorithm not in ALGORITHMS:
-            raise ValueError(unknown("algorithm", algorithm, ALGORITHMS))
+        check_name("algorithm", algorithm, ALGORITHMS)
         return cls(**{"algorithm": algorithm, **ALGORITHMS[algorithm].defaults, **options})
 
     def check_algorithm(self) -> None:
@@ -128,8 +127,7 @@ class TrainConfig:
         Raises:
             ValueError: Names the closest.
         """
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(unknown("algorithm", self.algorithm, ALGORITHMS))
+        check_name("algorithm", self.algorithm, ALGORITHMS)
 
     def env(self) -> EnvConfig:
         """The environment's part."""
@@ -195,8 +193,7 @@ def known_fields(kind: type[Record], record: dict[str, Any]) -> Record:
     """
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in record:
-        if name not in known:
-            raise ValueError(unknown("field", name, known))
+        check_name("field", name, known)
     # JSON has lists only
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()})
 
@@ -213,19 +210,6 @@ def own_settings(config: TrainConfig, *, decided: Collection[str]) -> dict[str, 
     usual = type(config)()
     names = [field.name for field in dataclasses.fields(config) if field.name not in decided]
     return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(usual, name)}
-
-
-def unknown(what: str, name: str, known: object) -> str:
-    """One line about a misspelt name, with the closest one."""
-    names = [str(other) for other in known]  # type: ignore[attr-defined]
-    close = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{what} {name!r} is unknown; {hint}allowed: {', '.join(names)}"
-
-
-def _integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}; an integer of at least {least} is allowed")
 
 
 DEMONSTRATION = TrainConfig(budget=0.15, episodes=150, seeds=(0, 1, 2), threads=1)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from agents.config import known_fields, unknown
+from agents.config import known_fields
 from agents.runtime_agent import PpoSettings
+from prune_env.checks import check_name
 from prune_env.config import make_task
 from prune_env.gates import LEARNING_RATE
 from prune_env.runtime_config import RuntimeConfig
@@ -110,10 +111,9 @@ class RuntimeTrainConfig:
     """Seed of the splits, of trainings and of the agents."""
 
     def __post_init__(self) -> None:
-        if self.schedule is not None and self.schedule not in SCHEDULES:
-            raise ValueError(unknown("schedule", self.schedule, SCHEDULES))
-        if self.budget_per not in ("mean", "image"):
-            raise ValueError(unknown("budget_per", self.budget_per, ("mean", "image")))
+        if self.schedule is not None:
+            check_name("schedule", self.schedule, SCHEDULES)
+        check_name("budget_per", self.budget_per, ("mean", "image"))
         if self.keep is not None and not (isinstance(self.keep, int | float) and 0 < self.keep <= 1):
             raise ValueError(f"keep is {self.keep!r}; a share in (0, 1] is allowed")
         for name in ("budget_spread", "network_spread"):

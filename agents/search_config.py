@@ -8,9 +8,10 @@ from typing import Annotated, ClassVar
 
 from tyro.conf import Suppress, arg
 
-from agents.config import TrainConfig, unknown
+from agents.config import TrainConfig
 from baselines.race import RACERS
 from baselines.search import OPTIMISERS
+from prune_env.checks import check_name
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ class SearchConfig(TrainConfig):
         Raises:
             ValueError: Names the closest.
         """
-        if self.algorithm not in OPTIMISERS:
-            raise ValueError(unknown("method", self.algorithm, OPTIMISERS))
+        check_name("method", self.algorithm, OPTIMISERS)
 
 
 def config_of(text: str) -> TrainConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any
 
@@ -19,6 +18,7 @@ from baselines import (
 from baselines.method import Case, Method, Result, run
 from baselines.policy import CountsPolicy, MethodPolicy
 from baselines.search import search_method
+from prune_env.checks import check_name
 from prune_env.config import make_problem
 from prune_env.envs.dynamics import Problem
 from prune_env.tasks.task import Task
@@ -63,10 +63,7 @@ def method_of(name: str | Method) -> Method:
     """
     if isinstance(name, Method):
         return name
-    if name not in METHODS:
-        close = difflib.get_close_matches(str(name), METHODS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"method {name!r} is unknown; {hint}allowed: {', '.join(METHODS)}")
+    check_name("method", name, METHODS)
     return METHODS[name]
 
 

@@ -33,7 +33,6 @@ repair more of the shift than merging does, and merging then adds its own error.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -45,6 +44,7 @@ from torch import Tensor, nn
 from baselines.allocate import Counts
 from baselines.merging_sites import Norm, absorb, filters, norm_of, unmergeable
 from baselines.method import Case, Method
+from prune_env.checks import check_name
 from prune_env.pruning.consumer import complement
 from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.plan import Plan
@@ -115,10 +115,7 @@ class Merging:
             value, least = getattr(self, name), 0 if name == "lam" else -1
             if not least <= value <= 1:
                 raise ValueError(f"{name} is {value}; {least} to 1 is allowed")
-        if self.formula not in FORMULAS:
-            close = difflib.get_close_matches(self.formula, FORMULAS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"formula is {self.formula!r}; {hint}allowed are {', '.join(FORMULAS)}")
+        check_name("formula", self.formula, FORMULAS)
 
 
 PUBLISHED = {

@@ -29,7 +29,6 @@ Published for M-CifarNet on CIFAR-10: 91.37 -> 90.54 % at d = .5, 3x fewer macs 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +41,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from prune_env.checks import check_name
 from prune_env.gates import attached, deciding, gate_settings, gates_hook
 from prune_env.pruning.gating.fixed import FixedDecisions
 from prune_env.pruning.gating.layer import RectifiedLinear
@@ -155,10 +155,7 @@ def runtime_method_of(name: str | RuntimeMethod) -> RuntimeMethod:
     """
     if isinstance(name, RuntimeMethod):
         return name
-    if name not in RUNTIME_METHODS:
-        close = difflib.get_close_matches(str(name), RUNTIME_METHODS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"runtime method {name!r} is unknown; {hint}allowed: {', '.join(RUNTIME_METHODS)}")
+    check_name("runtime method", name, RUNTIME_METHODS)
     return RUNTIME_METHODS[name]
 
 

@@ -8,7 +8,6 @@ The learning rate is constant, as in the authors' code; the loop's cycle is over
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from torch import nn
 from baselines.scop_knockoffs import RATE, KnockoffGenerator, KnockoffTraining
 from baselines.scop_knockoffs import adam as adam_on_all
 from baselines.scop_layers import Control, ControlledNetwork, permuted, writers_of
+from prune_env.checks import check_name
 from prune_env.envs.dynamics import Problem
 from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.measure import evaluating
@@ -80,10 +80,7 @@ class Settings:
         for name, (fits, what) in allowed.items():
             if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed is {what}")
-        if self.control not in CONTROLS:
-            close = difflib.get_close_matches(self.control, CONTROLS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"control is {self.control!r}; {hint}allowed are {', '.join(CONTROLS)}")
+        check_name("control", self.control, CONTROLS)
 
     def training(self, *, data: str, images: int, seed: int) -> TrainSettings:
         """The loop's settings.

@@ -14,7 +14,6 @@ differences between neighbours) of 5, 12 and 30 groups, at 100 evaluations.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +22,7 @@ from baselines import allocate, heuristics
 from baselines.allocate import Counts
 from baselines.method import Case, Method, plan_of
 from baselines.trials import EVALUATIONS, Optimiser, Search, Shares, Value, check_evaluations, plain
+from prune_env.checks import check_name
 from prune_env.pruning.measure import Budget, Measurement
 
 KNOWN = (heuristics.UNIFORM, heuristics.ERROR_CURVES, heuristics.GLOBAL_MAGNITUDE, heuristics.FIRST_LAST)
@@ -247,8 +247,5 @@ def optimiser_of(name: str) -> Optimiser:
     Raises:
         ValueError: There is none; names the closest.
     """
-    if name not in OPTIMISERS:
-        close = difflib.get_close_matches(str(name), OPTIMISERS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"search {name!r} is unknown; {hint}allowed: {', '.join(OPTIMISERS)}")
+    check_name("search", name, OPTIMISERS)
     return OPTIMISERS[name]

@@ -19,7 +19,6 @@ calibration images once, without training. A network that a paper's `prepare` st
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +36,7 @@ from baselines import (
     scop,
 )
 from baselines.potential import Evidence, Potential
+from prune_env.checks import check_name
 from prune_env.envs.dynamics import Problem
 
 SHAPERS: dict[str, Evidence] = {
@@ -72,10 +72,7 @@ class Shaping:
     episodes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in SHAPERS:
-            close = difflib.get_close_matches(self.name, SHAPERS, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"shaper {self.name!r} is unknown; {hint}allowed: {', '.join(SHAPERS)}")
+        check_name("shaper", self.name, SHAPERS)
         if not 0 < self.weight < math.inf:
             raise ValueError(f"the weight of shaper {self.name!r} is {self.weight}; a finite number above 0 is allowed")
         if self.episodes is not None and self.episodes < 1:

@@ -13,7 +13,6 @@ Pruning takes as many as its bound asks for. On a busy machine only the CPU seco
 from __future__ import annotations
 
 import contextlib
-import difflib
 import gc
 import json
 import tempfile
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from baselines import METHODS
 from baselines.method import Case, choices_of, given_scores, unprepared
+from prune_env.checks import check_name
 from prune_env.config import EnvConfig
 from prune_env.envs.dynamics import Problem, open_steps
 from prune_env.envs.reward import REWARDS
@@ -90,10 +90,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in self.criteria:
-            if name not in CRITERIA:
-                close = difflib.get_close_matches(name, CRITERIA, n=1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
-                raise ValueError(f"criterion {name!r} is unknown; {hint}allowed: {', '.join(CRITERIA)}")
+            check_name("criterion", name, CRITERIA)
         if self.networks and self.weights is not None:
             raise ValueError(f"weights are those of the task's network, not of {', '.join(self.networks)}")
         if self.repeats < 1:

@@ -30,7 +30,6 @@ from rich.console import Console
 from torch import Tensor
 
 from agents.cli import guarded, parse, stages
-from agents.config import unknown
 from agents.plot import BLUE, GREY, ORANGE, png
 from baselines import channel_gating
 from baselines.channel_gating_layers import ChannelGatedNetwork
@@ -39,6 +38,7 @@ from baselines.scop_learning import Settings as ScopSettings
 from baselines.scop_learning import Source, learned
 from benchmarks.trained_cells import Bench, Record, preparing
 from benchmarks.trained_papers import Cell, Settings, made
+from prune_env.checks import check_name
 from prune_env.files import write
 from prune_env.pruning.measure import evaluating
 from prune_env.pruning.plan import Plan
@@ -65,8 +65,7 @@ class PictureSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.pictures:
-            if name not in PICTURES:
-                raise ValueError(unknown("picture", name, PICTURES))
+            check_name("picture", name, PICTURES)
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------

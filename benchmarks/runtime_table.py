@@ -27,6 +27,7 @@ from agents.runtime_options import network_epochs
 from agents.runtime_train import task_of
 from baselines.runtime import RUNTIME_METHODS, attached, run_runtime
 from benchmarks.runtime_runs import TRUSTS, Record, RunSettings, agents_row, made, recorded
+from prune_env.checks import check_name
 from prune_env.files import write
 from prune_env.gates import gate_settings
 from prune_env.pruning import archive
@@ -65,8 +66,7 @@ class Settings(RunSettings):
 
     def __post_init__(self) -> None:
         for name in self.rows:
-            if name not in NAMES:
-                raise ValueError(f"row {name!r} is unknown; allowed: {', '.join(NAMES)}")
+            check_name("row", name, NAMES)
 
     def network(self, row: str, seed: int) -> Path:
         """Where a row's deployed network is."""

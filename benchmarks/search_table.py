@@ -20,11 +20,12 @@ import numpy as np
 import tyro
 
 from agents.algorithms import ALGORITHMS
-from agents.config import TrainConfig, own_settings, unknown
+from agents.config import TrainConfig, own_settings
 from agents.intervals import interval
 from agents.search_config import SearchConfig
 from baselines.search import OPTIMISERS
 from benchmarks.cells import COMMON, Record, finished, line, read, read_or_made, search_seconds, share_row
+from prune_env.checks import check_name
 
 REFERENCE = "random_search"
 """What every other method is compared with, seed by seed."""
@@ -85,8 +86,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for method in self.methods:
-            if method not in (*OPTIMISERS, *ALGORITHMS):
-                raise ValueError(unknown("method", method, (*OPTIMISERS, *ALGORITHMS)))
+            check_name("method", method, (*OPTIMISERS, *ALGORITHMS))
         for cell in self.cells:
             self.config(cell)  # what the last run would refuse is refused before the first
 

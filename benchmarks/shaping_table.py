@@ -24,12 +24,13 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from agents.config import TrainConfig, unknown
+from agents.config import TrainConfig
 from agents.episode import Episode
 from agents.plot import BLUE, GREY, png
 from baselines.shaping import SHAPERS
 from benchmarks.cells import Record, finished, line, read, read_or_made, search_seconds, share_row
 from benchmarks.interquartile import bootstrap, interquartile_mean
+from prune_env.checks import check_name
 from prune_env.files import write
 
 NONE = "none"
@@ -93,8 +94,7 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shapers", tuple(dict.fromkeys((NONE, *self.shapers))))
         for shaper in self.shapers:
-            if shaper not in (NONE, *SHAPERS):
-                raise ValueError(unknown("shaper", shaper, (NONE, *SHAPERS)))
+            check_name("shaper", shaper, (NONE, *SHAPERS))
         for cell in self.cells:
             self.config(cell)  # what the last run would refuse is refused before the first
 

@@ -26,7 +26,6 @@ import torch
 from rich.console import Console
 
 from agents.cli import guarded, parse, stages
-from agents.config import unknown
 from agents.intervals import interval
 from benchmarks.cells import line, read
 from benchmarks.trained_cells import (
@@ -40,6 +39,7 @@ from benchmarks.trained_cells import (
     gated_cell,
     sparse_cell,
 )
+from prune_env.checks import check_name
 from prune_env.files import write
 
 OWN = "own ratios"
@@ -112,10 +112,8 @@ class Settings:
     """Print the cells that are recorded, and make none."""
 
     def __post_init__(self) -> None:
-        known_rows = (*CUTS, *SPARSE, *GATED)
         for row in self.rows:
-            if row not in known_rows:
-                raise ValueError(unknown("row", row, known_rows))
+            check_name("row", row, (*CUTS, *SPARSE, *GATED))
         if self.epochs < 2:
             raise ValueError(f"epochs is {self.epochs}; 2 or more are allowed, one to prepare and one to fine-tune")
         for budget in self.budgets:

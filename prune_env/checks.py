@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The question after the closest known name, and a space; nothing where none is close."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def check_name(what: str, name: object, known: Collection[str]) -> None:
     """Refuse a name that is not known, naming the closest one."""
     if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"{what} {name!r} is unknown; {hint}allowed: {', '.join(known)}")
+        raise ValueError(f"{what} {name!r} is unknown; {did_you_mean(name, known)}allowed: {', '.join(known)}")
 
 
 def check_integer(what: str, value: object, *, least: int) -> None:

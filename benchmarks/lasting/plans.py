@@ -8,13 +8,13 @@ from functools import partial
 
 import numpy as np
 
-from agents.config import unknown
 from baselines import METHODS, allocate
 from baselines.allocate import Counts
 from baselines.method import Case, Method, case_of, plan_of
 from baselines.search import Searched
 from baselines.trials import EVALUATIONS
 from benchmarks.lasting.study import Job, Record, Study, save, timed
+from prune_env.checks import check_name
 
 PAIRS = (("l1", "none"), ("l1", "refit"), ("second_order", "none"), ("second_order", "refit"))
 """The four combinations of score and repair."""
@@ -114,8 +114,7 @@ def check_names(names: tuple[str, ...]) -> None:
     """
     known = [one.name for one in recipes(EVALUATIONS)]
     for name in names:
-        if name not in known:
-            raise ValueError(unknown("plan", name, known))
+        check_name("plan", name, known)
 
 
 def _job(study: Study, recipe: Recipe, budget: float) -> Job:

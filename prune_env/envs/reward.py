@@ -6,10 +6,10 @@ The env adds the terms up and carries each in `info` as `reward/<term>`. A new r
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 
+from prune_env.checks import check_name
 from prune_env.pruning.measure import Budget, Measurement
 
 Reward = Callable[[Measurement, Measurement, Budget], Mapping[str, float]]
@@ -63,12 +63,8 @@ def reward_of(name: str) -> Reward:
     Raises:
         ValueError: There is none; names the closest.
     """
-    try:
-        return REWARDS[name]
-    except KeyError:
-        close = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"reward {name!r} is unknown; {hint}allowed: {', '.join(REWARDS)}") from None
+    check_name("reward", name, REWARDS)
+    return REWARDS[name]
 
 
 def _used(measured: Measurement, budget: Budget) -> float:

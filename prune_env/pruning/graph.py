@@ -6,13 +6,14 @@ network of the same architecture.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from prune_env.checks import did_you_mean
 
 if TYPE_CHECKING:
     from prune_env.pruning.plan import Plan
@@ -176,9 +177,8 @@ class LayerGraph:
         try:
             return self._position[name]
         except KeyError:
-            close = difflib.get_close_matches(name, self._position, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known groups: {', '.join(self._position)}"
-            raise ValueError(f"no group is named {name!r}; {hint}") from None
+            hint = did_you_mean(name, self._position)
+            raise ValueError(f"no group is named {name!r}; {hint}known: {', '.join(self._position)}") from None
 
     def group(self, name: str) -> Group:
         """The group of that name; a ValueError names the closest one."""

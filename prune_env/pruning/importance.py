@@ -7,7 +7,6 @@ channels of one group; between groups only `second_order`, `taylor`, `obd` and `
 
 from __future__ import annotations
 
-import difflib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prune_env.checks import check_name
 from prune_env.pruning.activations import channels_last, evaluating, pooled
 from prune_env.pruning.consumer import oriented
 from prune_env.pruning.graph import Group, LayerGraph, Slot
@@ -102,10 +102,7 @@ def score(
     Raises:
         ValueError: There is no such importance.
     """
-    if name not in IMPORTANCES:
-        close = difflib.get_close_matches(name, IMPORTANCES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known importances: {', '.join(IMPORTANCES)}"
-        raise ValueError(f"importance {name!r} is unknown; {hint}")
+    check_name("importance", name, IMPORTANCES)
     return IMPORTANCES[name].rank(Evidence(network, graph.groups, batch, moments, seed))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from prune_env.checks import did_you_mean
 from prune_env.tasks import sources
 from prune_env.tasks.images import Split, stratified_order
 from prune_env.tasks.normalisation import CIFAR, IMAGENET, Normalisation, parse
@@ -78,9 +78,7 @@ def find_dataset(name: str) -> Dataset:
         ValueError: An unknown name; names the closest.
     """
     if name not in DATASETS:
-        close = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"data set is {name!r}; {hint}allowed are {', '.join(DATASETS)}")
+        raise ValueError(f"data set is {name!r}; {did_you_mean(name, DATASETS)}allowed are {', '.join(DATASETS)}")
     return DATASETS[name]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ import filelock
 import torch
 from torch import nn
 
+from prune_env.checks import did_you_mean
 from prune_env.files import write
 from prune_env.tasks.datasets import DATASETS, Splits, cache_root, data_root, find_dataset, load_splits
 from prune_env.tasks.networks import NETWORKS, check_network, find_network, make_network
@@ -230,11 +230,9 @@ def parse_name(name: str, network: str | None = None) -> tuple[str, str]:
         if network is not None:
             find_dataset(name)
         tasks = [f"{d}-{n}" for d in DATASETS for n in NETWORKS]
-        close = difflib.get_close_matches(name, tasks, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
-            f"task is {name!r}; {hint}allowed is <data>-<network> with data {', '.join(DATASETS)} and network "
-            f"{', '.join(NETWORKS)}, torchvision:NAME or package.module:factory"
+            f"task is {name!r}; {did_you_mean(name, tasks)}allowed is <data>-<network> with data {', '.join(DATASETS)} "
+            f"and network {', '.join(NETWORKS)}, torchvision:NAME or package.module:factory"
         )
     chosen = network or name.removeprefix(f"{data}-")
     check_network(chosen)

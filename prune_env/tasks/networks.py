@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from prune_env.checks import did_you_mean
 from prune_env.tasks.convnets import DigitsCnn, LeNet300100, MCifarNet, VggBn
 from prune_env.tasks.resnet import CifarResNet, WideResNet
 
@@ -81,10 +81,9 @@ def check_network(name: str) -> None:
     """
     if name in NETWORKS or ":" in name:
         return
-    close = difflib.get_close_matches(name, NETWORKS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(
-        f"network is {name!r}; {hint}allowed are {', '.join(NETWORKS)}, torchvision:NAME and package.module:factory"
+        f"network is {name!r}; {did_you_mean(name, NETWORKS)}allowed are {', '.join(NETWORKS)}, torchvision:NAME and "
+        "package.module:factory"
     )
 
 
@@ -130,8 +129,7 @@ def _torchvision(name: str, shape: ImageShape) -> nn.Module:
     model = name.removeprefix("torchvision:")
     known = torchvision.models.list_models(torchvision.models)
     if model not in known:
-        close = difflib.get_close_matches(model, known, n=1)
-        hint = f"did you mean 'torchvision:{close[0]}'? " if close else ""
+        hint = did_you_mean(name, [f"torchvision:{one}" for one in known])
         raise ValueError(f"network is {name!r}; {hint}torchvision {torchvision.__version__} has no such model")
     if shape.channels != 3:
         raise ValueError(f"network {name!r} takes images of 3 channels, not {shape.channels}")

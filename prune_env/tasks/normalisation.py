@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+from prune_env.checks import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,9 @@ def _numbers(text: str) -> Normalisation:
     except ValueError:
         values = ()
     if not values or len(values) % 2:
-        close = difflib.get_close_matches(text, NORMALISATIONS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(
-            f"normalise is {text!r}; {hint}allowed are {', '.join(NORMALISATIONS)}, or numbers: means, then standard "
-            "deviations"
+            f"normalise is {text!r}; {did_you_mean(text, NORMALISATIONS)}allowed are {', '.join(NORMALISATIONS)}, or "
+            "numbers: means, then standard deviations"
         )
     half = len(values) // 2
     return Normalisation(values[:half], values[half:])

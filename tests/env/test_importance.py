@@ -261,7 +261,7 @@ def test_a_misspelt_importance_names_the_closest() -> None:
     graph = LayerGraph((group,), {}, (), {})
     with pytest.raises(ValueError, match="did you mean 'taylor'"):
         score("tailor", network, graph, ONE_BATCH)
-    with pytest.raises(ValueError, match="known importances: l1, l2"):
+    with pytest.raises(ValueError, match="allowed: l1, l2"):
         score("xyz", network, graph, ONE_BATCH)
 
 

@@ -5,28 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prune_env.tasks.datasets import load_splits
-from prune_env.tasks.dense import recipe
 from prune_env.tasks.networks import make_network
 from prune_env.tasks.training import Hook, train_steps
 from prune_env.tasks.training.settings import one_cycle
+from tests.env.trainings import same, settings, state_of, training_split
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def split():
-    return load_splits("digits", seed=0, search_size=1000).train
-
-
-def settings(**changes):
-    return recipe("digits", "cnn", seed=0, **{"epochs": 3, **changes})
-
-
-def state_of(network):
-    return {name: value.clone() for name, value in network.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return training_split()
 
 
 def test_short_training_is_one_cycle_of_that_many_steps(split):

@@ -15,14 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from prune_env.tasks.datasets import load_splits
-from prune_env.tasks.dense import recipe
 from prune_env.tasks.networks import make_network
 from prune_env.tasks.training import Hook, TrainingDiverged, TrainSettings, train
 from prune_env.tasks.training.augmentation import augment
 from prune_env.tasks.training.hooks import TrainingState, adam, distillation
 from prune_env.tasks.training.memory import keep_freed_memory
 from prune_env.tasks.training.settings import one_cycle
+from tests.env.trainings import same, settings, state_of, training_split
 
 COMMAND = [sys.executable, "-m", "prune_env.tasks.training", "--task", "digits-cnn"]
 
@@ -39,21 +38,9 @@ class Dropping(nn.Module):
         return self.inner(self.dropout(x))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def split():
-    return load_splits("digits", seed=0, search_size=1000).train
-
-
-def settings(**changes):
-    return recipe("digits", "cnn", seed=0, **{"epochs": 3, **changes})
-
-
-def state_of(network):
-    return {name: value.clone() for name, value in network.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return training_split()
 
 
 def generator(seed=0):

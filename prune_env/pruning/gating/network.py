@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from prune_env.checks import check_name
 from prune_env.pruning.gating.layer import Decide, GatedLayer, Question, unfit
 from prune_env.pruning.gating.static import STATIC_IMPORTANCES
 from prune_env.pruning.graph import Group, LayerGraph, Slot
@@ -150,10 +150,7 @@ def attach(network: nn.Module, graph: LayerGraph, example: Tensor, *, static: st
     Raises:
         ValueError: An unknown static importance, or no group can carry a gate.
     """
-    if static not in STATIC_IMPORTANCES:
-        close = difflib.get_close_matches(str(static), STATIC_IMPORTANCES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"static importance {static!r} is unknown; {hint}allowed: {', '.join(STATIC_IMPORTANCES)}")
+    check_name("static importance", static, STATIC_IMPORTANCES)
     private = copy.deepcopy(network).eval()
     modules = dict(private.named_modules())
     skipped = {group.name: reason for group in graph.groups if (reason := _reason(group, modules)) is not None}
