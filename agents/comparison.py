@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from agents.comparison_methods import DENSE, kind_of, methods_of
+from agents.comparison_methods import DENSE, kind_of, methods_of, parts_of
 from agents.config import TrainConfig, known_fields
 from agents.runtime_options import RuntimeTrainConfig
 from agents.search_config import SearchConfig
@@ -36,7 +36,7 @@ class Cell:
 
     Attributes:
         task: Task name.
-        method: A name of `comparison_methods.KINDS`, or `dense`.
+        method: A name of `comparison_methods.KINDS`, perhaps with `@IMPORTANCE`, or `dense`.
         budget: Share of the dense network's resource, or an absolute number; 1 for the dense network.
         seed: Seed of splits, dense training, method and fine-tuning.
     """
@@ -50,6 +50,11 @@ class Cell:
     def kind(self) -> str:
         """Kind of the row."""
         return kind_of(self.method)
+
+    @property
+    def base(self) -> str:
+        """The method without the importance that it is given."""
+        return parts_of(self.method)[0]
 
     @property
     def name(self) -> str:
@@ -72,7 +77,8 @@ class Comparison:
     weights: tuple[str, ...] = ()
     """Dense weights as TASK=FILE, the file as it is or in $PRUNE_ENV_WEIGHTS; the other tasks' networks are trained."""
     methods: tuple[str, ...] = ("uniform", "error_curves", "provable_filter_pruning", "random_search", "cem", "td3")
-    """Names, or heuristics, papers, searches, agents, runtimes; learned and learned:NAME are agents."""
+    """Names, or heuristics, papers, searches, agents, runtimes; learned and learned:NAME are agents; NAME@IMPORTANCE is
+    the method with that importance."""
     budgets: tuple[float, ...] = (0.5,)
     """Shares of the dense network's resource in (0, 1], or absolute numbers above 1."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -171,6 +177,10 @@ class Comparison:
             cell.task, weights=self.files.get(cell.task), seed=cell.seed, epochs=self.epochs, progress=progress
         )
 
+    def importance_of(self, cell: Cell) -> str:
+        """The importance of a cell whose method does not bring its own."""
+        return parts_of(cell.method)[1] or self.importance
+
     def train_config(self, cell: Cell, *, file: Path | None) -> TrainConfig:
         """The cell as a run of `agents.train`, or of `agents.search_baselines` for a search; `file` has its weights."""
         decided = {name: getattr(self, name) for name in DECIDED}
@@ -181,10 +191,11 @@ class Comparison:
             "budget": cell.budget,
             "episodes": self.evaluations,
             "seed": cell.seed,
+            "importance": self.importance_of(cell),
         }
-        if cell.method in OPTIMISERS:
-            return SearchConfig(algorithm=cell.method, **options)
-        return TrainConfig.of(cell.method, **options) if cell.kind == "learned" else TrainConfig(**options)
+        if cell.base in OPTIMISERS:
+            return SearchConfig(algorithm=cell.base, **options)
+        return TrainConfig.of(cell.base, **options) if cell.kind == "learned" else TrainConfig(**options)
 
     def runtime_config(self, cell: Cell, *, trust: float, file: Path | None) -> RuntimeTrainConfig:
         """The cell as a run of `agents.train runtime`; `file` has its weights."""

@@ -100,18 +100,19 @@ class Found:
 
 def by_method(work: Work) -> Found:
     """A heuristic or a published method."""
-    comparison, cell, method = work.comparison, work.cell, METHODS[work.cell.method]
+    comparison, cell, method = work.comparison, work.cell, METHODS[work.cell.base]
     result = prune(
         method,
         work.task,
         budget=cell.budget,
         seed=cell.seed,
         progress=work.tell,
+        importance=comparison.importance_of(cell),
         **{name: getattr(comparison, name) for name in PRUNED_BY},
     )
     epochs = method.epochs(work.task)
     facts = {
-        "importance": comparison.importance if method.importance is given_scores else "own",
+        "importance": comparison.importance_of(cell) if method.importance is given_scores else "own",
         "repair": comparison.refit if method.repair is given_repair else "own",
         "own_training": f"{epochs} epochs" if epochs else "",
         "evaluations": result.problem.evaluator.evaluations,
@@ -120,7 +121,7 @@ def by_method(work: Work) -> Found:
     return Found(result.network, result.plan, result.problem, work.task, facts)
 
 
-PRUNED_BY = ("budget_resource", "importance", "recalibrate", "refit", "calibration_images", "device")
+PRUNED_BY = ("budget_resource", "recalibrate", "refit", "calibration_images", "device")
 """Fields of the protocol that `baselines.prune` takes."""
 
 

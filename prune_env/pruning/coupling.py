@@ -179,7 +179,8 @@ def _replaced(network: nn.Module, part: str, closed: Mapping[str, str]) -> Itera
             owner._modules[child] = module
 
 
-def _dependencies(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch_pruning.DependencyGraph:
+def dependencies(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch_pruning.DependencyGraph:
+    """Torch-Pruning's graph of a module, whose parameters want gradients; whatever it cannot follow may be raised."""
     graph = torch_pruning.DependencyGraph()
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
@@ -192,7 +193,7 @@ def _untraceable(network: nn.Module, name: str, inputs: Mapping[str, tuple[torch
     """The smallest modules that Torch-Pruning cannot follow, with its error."""
     module = network.get_submodule(name)
     try:
-        _dependencies(module, inputs[name])
+        dependencies(module, inputs[name])
         return {}
     except Exception as error:  # Torch-Pruning has no error class of its own: anything may come out of a trace
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -204,7 +205,7 @@ def _untraceable(network: nn.Module, name: str, inputs: Mapping[str, tuple[torch
     if closed:
         try:
             with _replaced(network, name, closed) as rest:
-                _dependencies(rest, inputs[name])
+                dependencies(rest, inputs[name])
             return closed
         except Exception as error:  # the part around the closed ones cannot be followed either
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -226,7 +227,7 @@ def _couple_part(
         boundary = f"read by {parent or 'the network'} ({kind}), which rearranges channels (a shuffle, say) untraceably"
     names = {module: name for name, module in network.named_modules()}
     with _replaced(network, part, closed) as module:
-        graph = _dependencies(module, inputs[part])
+        graph = dependencies(module, inputs[part])
         walk = _Walk(coupling, graph, names, f"{part}." if part else "", boundary)
         for layer in list(graph.module2node):
             if isinstance(layer, LAYERS):

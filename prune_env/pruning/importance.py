@@ -28,6 +28,7 @@ from prune_env.pruning.graph import Group, LayerGraph, Slot
 from prune_env.pruning.moments import Moments, collect
 from prune_env.pruning.sensitivity import Shares, largest, sample_size, sensitivities, summed
 from prune_env.pruning.surgery import tensor_axes
+from prune_env.pruning.torch_pruning_scores import TORCH_PRUNING, torch_pruning_scores
 
 Batch = tuple[Tensor, Tensor]
 """Normalised images and their labels."""
@@ -258,6 +259,21 @@ def random(evidence: Evidence) -> Scores:
     return scores
 
 
+def by_torch_pruning(evidence: Evidence, *, name: str) -> Scores:
+    """One of Torch-Pruning's own, as that library computes it; `l2` where it has none.
+
+    A group is scored at its first producer: the library adds up all layers that are coupled with it by itself.
+    """
+    firsts = {group.name: group.producers[0] for group in evidence.groups}
+    layers = sorted({slot.module for slot in firsts.values()})
+    found, scores = torch_pruning_scores(name, evidence.network, layers, evidence.batch), l2(evidence)
+    for group in evidence.groups:
+        values = found[firsts[group.name].module]
+        if values is not None:
+            scores[group.name] = _per_channel(values, firsts[group.name], group)
+    return scores
+
+
 IMPORTANCES: Mapping[str, Criterion] = MappingProxyType(
     {
         "l1": Criterion(l1),
@@ -275,6 +291,7 @@ IMPORTANCES: Mapping[str, Criterion] = MappingProxyType(
         "pfp_max": Criterion(partial(pfp, shares=largest)),
         "second_order": Criterion(second_order),
         "random": Criterion(random),
+        **{f"tp_{name}": Criterion(partial(by_torch_pruning, name=name)) for name in TORCH_PRUNING},
     }
 )
 

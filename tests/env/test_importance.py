@@ -7,7 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch_pruning
 from torch import nn
+from torch.nn import functional
 
 from prune_env.pruning.graph import Group, LayerGraph, Slot
 from prune_env.pruning.importance import IMPORTANCES, score
@@ -19,6 +21,10 @@ from tests.env.small_networks import NETWORKS, build, example
 WEIGHTS = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-5.0, 12.0]])
 """Three filters of two weights: norms 5, 0, 13."""
 ONE_BATCH = (torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))
+
+
+TORCH_PRUNING_FAILS = ("grouped", "spatialattention")
+"""Networks with a grouped convolution that writes several channels for each it reads."""
 
 
 def slot(module: str, role: str, index: list[int] | None = None, unit: list[int] | None = None) -> Slot:
@@ -93,6 +99,45 @@ def test_bn_scale_falls_back_to_l2_where_no_norm_carries_the_channels() -> None:
     network, group = three_channels()
     bare = Group(group.name, 3, group.producers, (), group.consumers)
     assert IMPORTANCES["bn_scale"](network, bare, ONE_BATCH).tolist() == [5, 0, 13]
+
+
+def test_what_torch_pruning_computes_by_hand() -> None:
+    network, group = three_channels()
+    with torch.no_grad():
+        network[3].weight.copy_(torch.tensor([[1.0, 0.0, 2.0], [1.0, 2.0, 0.0]]))
+    # Squared norms of filter, scale and columns, averaged over the three layers, then divided by their mean.
+    sums = np.array([25 + 4 + 2, 0 + 1 + 4, 169 + 0.25 + 4])
+    assert IMPORTANCES["tp_magnitude"](network, group, ONE_BATCH).tolist() == pytest.approx(sums / sums.mean())
+    # LAMP: each over itself and all that are larger.
+    lamp = [31 / (31 + 173.25), 5 / (5 + 31 + 173.25), 1]
+    assert IMPORTANCES["tp_lamp"](network, group, ONE_BATCH).tolist() == pytest.approx(lamp)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "lamp", "fpgm", "taylor", "hessian"])
+def test_what_torch_pruning_gives_by_itself(name: str) -> None:
+    network, graph = build("residual"), traced("residual")
+    images, labels = example(8), torch.arange(8) % 5
+    found = score(f"tp_{name}", network, graph, (images, labels))
+    dependencies = torch_pruning.DependencyGraph().build_dependency(network, images[:1])
+    measure = {
+        "magnitude": torch_pruning.importance.GroupMagnitudeImportance,
+        "lamp": torch_pruning.importance.LAMPImportance,
+        "fpgm": torch_pruning.importance.FPGMImportance,
+        "taylor": torch_pruning.importance.GroupTaylorImportance,
+        "hessian": torch_pruning.importance.GroupHessianImportance,
+    }[name]()
+    if name == "hessian":
+        for loss in functional.cross_entropy(network(images), labels, reduction="none"):
+            network.zero_grad()
+            loss.backward(retain_graph=True)
+            measure.accumulate_grad(network)
+    else:
+        functional.cross_entropy(network(images), labels).backward()
+    for group in graph.groups:
+        layer = network.get_submodule(group.producers[0].module)
+        whole = list(range(group.channels))
+        coupled = dependencies.get_pruning_group(layer, torch_pruning.prune_conv_out_channels, whole)
+        torch.testing.assert_close(found[group.name], measure(coupled).detach(), rtol=1e-4, atol=1e-7)
 
 
 def test_activation_by_hand() -> None:
@@ -217,6 +262,10 @@ def test_permuting_channels_permutes_every_importance(name: str) -> None:
     # Classes are a map where the network gives one.
     labels = torch.arange(40) % 2 if logits.dim() == 2 else torch.arange(40 * 64).reshape(40, 8, 8) % 2
     for importance in IMPORTANCES:
+        if importance.startswith("tp_") and name in TORCH_PRUNING_FAILS:
+            with pytest.raises(ValueError, match=f"importance '{importance}' is Torch-Pruning's, which fails"):
+                score(importance, network, graph, (images, labels))
+            continue
         plain = score(importance, network, graph, (images, labels))
         again = score(importance, other, graph, (images, labels))
         for group in graph.groups:

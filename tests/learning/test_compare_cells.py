@@ -110,6 +110,30 @@ def test_agents_and_searches_are_paid_by_the_comparison_s_reward(store: Store, t
     assert "paid by" not in markdown(summaries([of(store, "uniform")]))
 
 
+def test_a_method_may_have_an_importance_of_its_own(store: Store, tmp_path: Path) -> None:
+    names = ("uniform", "uniform@l1", "uniform@taylor", "cem@l2", "learned:td3@tp_magnitude")
+    mixed = dataclasses.replace(TINY, methods=names, fine_tune_epochs=0)
+    assert mixed.methods == (*names[:4], "td3@tp_magnitude")
+    assert Comparison.from_json(mixed.to_json()) == mixed
+    made = Store.create(tmp_path / "runs", mixed)
+    assert [work_on(made.path, cell) for cell in mixed.cells] == [DONE] * 6
+    records = {cell.method: made.record(cell) or {} for cell in mixed.cells}
+    used = {name: record["facts"]["importance"] for name, record in records.items()}
+    assert used == {
+        "dense": "",
+        "uniform": "l1",
+        "uniform@l1": "l1",
+        "uniform@taylor": "taylor",
+        "cem@l2": "l2",
+        "td3@tp_magnitude": "tp_magnitude",
+    }
+    assert [records[name]["kind"] for name in names[:4]] == ["heuristic", "heuristic", "heuristic", "search"]
+    assert records["uniform@l1"]["plan"] == records["uniform"]["plan"]
+    by_itself = prune("uniform", TINY.task(TINY.cells[1]), budget=0.4, importance="taylor", calibration_images=64)
+    assert records["uniform@taylor"]["measured"]["test_accuracy"] == by_itself.test.accuracy
+    assert "uniform@taylor" in csv_text(list(records.values()))
+
+
 def test_a_sample_of_rows_repeats_in_a_fresh_process(store: Store) -> None:
     files = [str(store.path / "cells" / f"{cell.name}.json") for cell in TINY.cells]
     sample = [files[1], files[3], files[4]]  # uniform, cem, td3
