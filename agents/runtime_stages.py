@@ -195,6 +195,8 @@ class RuntimeLearner:
 
     def _network(self, stage: Stage, at: int, tell: Tell) -> dict[str, float]:
         """Train the network with frozen agents."""
+        if stage.kind == "scores" and self.config.runtime_trust < 1:
+            self.gated.share_scales()
         seed = self.config.seed * 1000 + at
         settings = gate_settings(self.task, epochs=stage.amount, lr=self.config.lr, seed=seed)
         if self.config.threads is not None:

@@ -199,6 +199,8 @@ def run_runtime(
     _check_aim(keep, budget)
     trust = check_trust(chosen.trust if trust is None else trust)
     gated = chosen.prepare(task).to(device).eval()
+    if trust < 1:
+        gated.share_scales()
     sample = [task.calibration(CALIBRATION)]
 
     def measure(batches: Iterable[tuple[Tensor, Tensor]], decide: FixedDecisions) -> RuntimeMeasurement:

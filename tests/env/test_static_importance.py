@@ -59,6 +59,39 @@ def test_scores_start_at_one_per_channel(name: str, static: str) -> None:
         assert scores.requires_grad
 
 
+def test_shared_scales_by_hand() -> None:
+    gated = fresh("chain", "vector")
+    layer = gated.layers[0]
+    with torch.no_grad():
+        layer.gate.weight.fill_(2.0)
+        layer.gate.bias.fill_(1.0)
+        layer.gate.bias[:3] = torch.tensor([4.0, -0.25, 0.0])
+    mean = (4.25 + layer.channels - 3) / layer.channels
+    gated.share_scales()
+    static = gated.static.scores()[0]
+    shares = torch.tensor([4 / mean, 0.25 / mean]).sqrt()
+    torch.testing.assert_close(static[:3], torch.tensor([*shares.tolist(), 0.1]))
+    torch.testing.assert_close(layer.gate.bias[:3], torch.tensor([4 / shares[0], -0.25 / shares[1], 0.0]))
+    torch.testing.assert_close(layer.gate.weight[:, 0], 2 / static)
+
+
+@pytest.mark.parametrize("static", STATIC_IMPORTANCES)
+@pytest.mark.parametrize("name", GATEABLE)
+def test_sharing_scales_changes_no_output_and_lets_both_scores_rank_alike(name: str, static: str) -> None:
+    gated = trained(name, static=static)
+    before, scores = gated(example(7)), [score.detach().clone() for score in gated.static.scores()]
+    sizes = [layer.gate.bias.detach().abs() for layer in gated.layers]
+    gated.share_scales()
+    torch.testing.assert_close(gated(example(7)), before, rtol=1e-3, atol=1e-4)
+    for found, score, size in zip(gated.static.scores(), scores, sizes, strict=True):
+        if static == "filters":
+            assert torch.equal(found, score)
+        else:
+            share = found / score
+            assert (share >= 0.099).all()
+            assert (share[size.argsort()].diff() >= -1e-6).all()
+
+
 def test_a_refresh_follows_weights_and_gradients() -> None:
     gated = trained("chain", static="filters")
     before = [gated.static.get_buffer(f"features_{at}").clone() for at in range(3)]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from stable_baselines3.common.vec_env import VecCheckNan, VecEnv, VecMonitor
 
-from agents import evaluate, runtime_options, runtime_train
+from agents import evaluate, runtime_options, runtime_stages, runtime_train
 from agents.cli import BAD_INPUT, guarded
 from agents.runtime_agent import (
     AgentDecisions,
@@ -25,12 +25,13 @@ from agents.runtime_agent import (
 )
 from agents.runtime_options import RuntimeTrainConfig, Schedule
 from agents.runtime_report import RuntimeReporter
-from agents.runtime_stages import RuntimeLearner
+from agents.runtime_stages import RuntimeLearner, Stage
 from agents.runtime_view import RuntimeView, StaticView
 from prune_env.envs.runtime_dynamics import IMAGE_FIELDS, RuntimeProblem
 from prune_env.envs.runtime_pruning import RuntimePruningVectorEnv
 from prune_env.pruning.gating.layer import Question
 from prune_env.pruning.gating.measurement import Recorder
+from prune_env.tasks.training.loop import TrainReport
 
 TINY = Schedule(gates=1, scores=1, rounds=1, rollouts=2, network=1, final=1, ppo=PpoSettings(epochs=1))
 
@@ -268,6 +269,19 @@ def test_the_range_regulariser_takes_the_place_of_the_entropy(learner):
     _, _, minus = agent.policy.evaluate_actions(tensors, torch.zeros(3, 1), states, torch.zeros(3))
     # smooth L1 of 0, .5 and .1: 0, .125 and .005
     np.testing.assert_allclose(minus.detach().numpy(), [0.0, -0.125, -0.005], atol=1e-6)
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.5, 1.0])
+def test_static_scores_that_decide_start_from_the_scales(tmp_path, monkeypatch, trust):
+    config = dataclasses.replace(CONFIG, runtime_trust=trust)
+    learner = RuntimeLearner(runtime_train.task_of(config), config, tmp_path)
+    scales = [layer.gate.bias.detach().clone() for layer in learner.gated.layers]
+    monkeypatch.setattr(runtime_stages, "train_gated", lambda *_, **__: TrainReport((0.0,), (0.0,)))
+    for at, kind in enumerate(("gates", "scores", "network")):
+        learner._network(Stage(kind, 1), at, lambda *_: None)
+    for scale, score in zip(scales, learner.gated.static.scores(), strict=True):
+        shared = (scale.abs() / scale.abs().mean()).sqrt().clamp_min(0.1)
+        torch.testing.assert_close(score.detach(), torch.ones_like(scale) if trust == 1 else shared)
 
 
 @pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 3])

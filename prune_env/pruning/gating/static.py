@@ -31,6 +31,10 @@ class StaticImportance(Protocol):
         """Bring features that follow from weights and their gradients up to date."""
         ...
 
+    def absorb(self, factors: list[Tensor]) -> list[Tensor]:
+        """Multiply the scores by `[channel]` factors per layer, as far as they can be; returns by what they were."""
+        ...
+
     def restrict(self, kept: list[Tensor]) -> None:
         """Forget the channels that were cut away; `kept` holds the indices that stay, per layer."""
         ...
@@ -52,6 +56,13 @@ class StaticVector(nn.Module):
 
     def refresh(self, weights: Mapping[int, Tensor]) -> None:
         """Nothing: the scores follow from no weight."""
+
+    @torch.no_grad()
+    def absorb(self, factors: list[Tensor]) -> list[Tensor]:
+        """Multiply the scores by `[channel]` factors per layer."""
+        for vector, factor in zip(self.vectors, factors, strict=True):
+            vector.mul_(factor)
+        return factors
 
     def restrict(self, kept: list[Tensor]) -> None:
         """Forget the channels that were cut away; `kept` holds the indices that stay, per layer."""
@@ -98,6 +109,10 @@ class StaticPredictor(nn.Module):
             features[:, 1] = _relative(weight.flatten(1).norm(dim=1))
             if weight.grad is not None:
                 features[:, 2] = taylor(weight, weight.grad)
+
+    def absorb(self, factors: list[Tensor]) -> list[Tensor]:
+        """Nothing: the scores follow from the features, in which the sizes of channels are already."""
+        return [torch.ones_like(factor) for factor in factors]
 
     def restrict(self, kept: list[Tensor]) -> None:
         """Forget the channels that were cut away; `kept` holds the indices that stay, per layer."""
