@@ -31,7 +31,7 @@ GATES_RATE = 1e-3
 REFRESH = 50
 """Steps between two refreshes of the static predictor's features. The official code computes them once."""
 
-VERSION = 4
+VERSION = 5
 """Part of the cache's key: raise it when the same settings give another network."""
 
 
@@ -136,6 +136,8 @@ def prepared(
 ) -> GatedNetwork:
     """The task's network with trained gates, from the cache or by training them with every channel active.
 
+    Runtime and static scores share the scales of channels from the beginning, so that both rank.
+
     Args:
         task: Whose dense network; it is left as it is.
         static: Form of the static importance.
@@ -152,6 +154,7 @@ def prepared(
     epochs = GATE_EPOCHS.get(task.data, 1) if epochs is None else epochs
     if epochs == 0:
         return gated.eval()
+    gated.share_scales()
     settings = gate_settings(task, epochs=epochs, seed=seed)
     train_once(
         gated,

@@ -43,7 +43,8 @@ class StaticImportance(Protocol):
 class StaticVector(nn.Module):
     """A free score per channel.
 
-    Deviation: scores start at one instead of at random, so that attaching them changes no output.
+    Deviation: scores start at one instead of at random, so that attaching them changes no output; what they rank by
+    before they have learned anything comes from `GatedNetwork.share_scales`.
     """
 
     def __init__(self, weights: list[Tensor]) -> None:
