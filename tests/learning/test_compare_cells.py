@@ -92,6 +92,7 @@ def test_a_row_is_what_the_method_gives_by_itself(store: Store) -> None:
     assert all(of(store, method)["measured"]["search_accuracy"] >= uniform for method in ("cem", "td3"))
 
 
+@pytest.mark.slow
 def test_agents_and_searches_are_paid_by_the_comparison_s_reward(store: Store, tmp_path: Path) -> None:
     lasting = dataclasses.replace(TINY, methods=("uniform", "cem", "td3"), reward="short-training", short_steps=2)
     with pytest.raises(ValueError, match="reward"):
@@ -110,6 +111,7 @@ def test_agents_and_searches_are_paid_by_the_comparison_s_reward(store: Store, t
     assert "paid by" not in markdown(summaries([of(store, "uniform")]))
 
 
+@pytest.mark.slow
 def test_a_method_may_have_an_importance_of_its_own(store: Store, tmp_path: Path) -> None:
     names = ("uniform", "uniform@l1", "uniform@taylor", "cem@l2", "learned:td3@tp_magnitude")
     mixed = dataclasses.replace(TINY, methods=names, fine_tune_epochs=0)
@@ -134,6 +136,7 @@ def test_a_method_may_have_an_importance_of_its_own(store: Store, tmp_path: Path
     assert "uniform@taylor" in csv_text(list(records.values()))
 
 
+@pytest.mark.slow
 def test_a_sample_of_rows_repeats_in_a_fresh_process(store: Store) -> None:
     files = [str(store.path / "cells" / f"{cell.name}.json") for cell in TINY.cells]
     sample = [files[1], files[3], files[4]]  # uniform, cem, td3

@@ -284,7 +284,8 @@ def test_static_scores_that_decide_start_from_the_scales(tmp_path, monkeypatch, 
         torch.testing.assert_close(score.detach(), torch.ones_like(scale) if trust == 1 else shared)
 
 
-@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 3])
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, after):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):

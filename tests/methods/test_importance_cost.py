@@ -129,6 +129,7 @@ def test_memory_is_what_a_call_takes_beyond_what_was_there(folder: Path, monkeyp
     assert row(folder, "l1")["mib"] is None
 
 
+@pytest.mark.slow
 def test_a_criterion_runs_in_a_fresh_process_and_the_file_says_what_is_printed(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
