@@ -244,7 +244,7 @@ class Comparison:
 
 
 DECIDED = (
-    "epochs", "budget_resource", "importance", "reward", "short_steps", "short_lr", "predictor", "refit", "recalibrate",
+    "epochs", "budget_resource", "reward", "short_steps", "short_lr", "predictor", "refit", "recalibrate",
     "calibration_images", "fine_tune_epochs", "fine_tune_lr", "threads", "device",
 )  # fmt: skip
 """Fields of a run that the comparison decides, under the same name."""

@@ -49,7 +49,8 @@ WITH = "@"
 
 def kind_of(method: str) -> str:
     """Kind of a row."""
-    return next((kind for kind, names in KINDS.items() if parts_of(method)[0] in names), DENSE)
+    name, _ = parts_of(method)
+    return next((kind for kind, names in KINDS.items() if name in names), DENSE)
 
 
 def parts_of(method: str) -> tuple[str, str | None]:

@@ -75,6 +75,11 @@ def stages_of(config: RuntimeTrainConfig) -> list[Stage]:
     return [stage for stage in listed if stage.amount]
 
 
+def release_of(config: RuntimeTrainConfig) -> int:
+    """Number of the first stage in which static scores learn."""
+    return next(at for at, stage in enumerate(stages_of(config)) if stage.kind != "gates")
+
+
 class RuntimeLearner:
     """A gated network and its two agents, in training.
 
@@ -195,7 +200,7 @@ class RuntimeLearner:
 
     def _network(self, stage: Stage, at: int, tell: Tell) -> dict[str, float]:
         """Train the network with frozen agents."""
-        if stage.kind == "scores" and self.config.runtime_trust < 1:
+        if at == release_of(self.config) and self.config.runtime_trust < 1:
             self.gated.share_scales()
         seed = self.config.seed * 1000 + at
         settings = gate_settings(self.task, epochs=stage.amount, lr=self.config.lr, seed=seed)

@@ -11,7 +11,7 @@ from typing import Any
 from agents import runtime_train
 from agents.cli import INTERRUPTED
 from agents.runtime_options import RuntimeTrainConfig, network_epochs
-from prune_env.files import write
+from benchmarks.cells import Record, read, read_or_made
 
 TRUSTS = {"static": 0.0, "both": 0.5, "runtime": 1.0}
 """Row -> trust of the run that it is; the row of another trust is named by the number."""
@@ -58,7 +58,6 @@ class RunSettings:
         return folder / f"{self.task}-keep{self.keep:g}{schedule}-{row}-seed{seed}.json"
 
 
-Record = dict[str, Any]
 Rows = dict[str, dict[str, Any]]
 
 
@@ -66,27 +65,20 @@ def recorded(settings: RunSettings, row: str, seed: int) -> Record | None:
     """A row's record if there is one.
 
     Raises:
-        ValueError: It is corrupt.
+        ValueError: It is of other settings, or corrupt.
     """
-    file = settings.record(row, seed)
-    if not file.exists():
-        return None
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is corrupt: {error}") from None
+    return read(settings.record(row, seed), _facts(settings, row, seed))
 
 
 def made(settings: RunSettings, row: str, seed: int, make: Callable[[], Record]) -> Record:
     """A row from its record, or made and recorded."""
-    record = recorded(settings, row, seed)
-    if record is None:
-        facts = {"row": row, "seed": seed, "task": settings.task, "keep": settings.keep, "schedule": settings.schedule}
-        record = {**facts, **make()}
-        file = settings.record(row, seed)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, json.dumps(record, indent=2))
-    return record
+    facts = _facts(settings, row, seed)
+    return read_or_made(settings.record(row, seed), facts, run=lambda: {**facts, **make()})
+
+
+def _facts(settings: RunSettings, row: str, seed: int) -> Record:
+    """What tells a row apart."""
+    return {"row": row, "seed": seed, "task": settings.task, "keep": settings.keep, "schedule": settings.schedule}
 
 
 def row_of(trust: float) -> str:

@@ -47,9 +47,9 @@ def records(settings: Settings) -> dict[float, Record]:
     found: dict[float, Record] = {}
     for trust in sorted(set(settings.trusts)):
         settings.config(settings.seed, trust)  # refuses what is not allowed
-        row, make = row_of(trust), partial(agents_row, settings, trust, settings.seed)
-        read, seed = settings.only_draw, settings.seed
-        record = recorded(settings, row, seed) if read else made(settings, row, seed, make)
+        row, seed = row_of(trust), settings.seed
+        make = partial(agents_row, settings, trust, seed)
+        record = recorded(settings, row, seed) if settings.only_draw else made(settings, row, seed, make)
         if record is not None:
             found[trust] = record
     if not found:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from prune_env import gates
+from prune_env.config import make_task
 from prune_env.pruning.gating.static import STATIC_IMPORTANCES, StaticPredictor, filter_distance, taylor
 from prune_env.pruning.plan import Plan
 from tests.env.gated_networks import GATEABLE, fresh, trained
@@ -90,6 +93,21 @@ def test_sharing_scales_changes_no_output_and_lets_both_scores_rank_alike(name: 
             share = found / score
             assert (share >= 0.099).all()
             assert (share[size.argsort()].diff() >= -1e-6).all()
+
+
+def test_prepared_gates_begin_with_shared_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[torch.Tensor] = []
+    monkeypatch.setattr(gates, "train_once", lambda gated, *_, **__: begun.extend(gated.static.scores()))
+    task = make_task("digits-cnn", epochs=0)
+    attached = gates.attached(task)
+    scales = [1 + torch.rand(layer.channels) for layer in attached.layers]
+    for layer, scale in zip(attached.layers, scales, strict=True):
+        layer.gate.bias.data.copy_(scale)
+    monkeypatch.setattr(gates, "attached", lambda *_, **__: attached)
+    gates.prepared(task, epochs=1, root=tmp_path)
+    assert len(begun) == len(scales)
+    for scale, score in zip(scales, begun, strict=True):
+        torch.testing.assert_close(score.detach(), (scale / scale.mean()).sqrt().clamp_min(0.1))
 
 
 def test_a_refresh_follows_weights_and_gradients() -> None:

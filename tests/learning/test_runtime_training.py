@@ -275,7 +275,9 @@ def test_the_range_regulariser_takes_the_place_of_the_entropy(learner):
 def test_static_scores_that_decide_start_from_the_scales(tmp_path, monkeypatch, trust):
     config = dataclasses.replace(CONFIG, runtime_trust=trust)
     learner = RuntimeLearner(runtime_train.task_of(config), config, tmp_path)
-    scales = [layer.gate.bias.detach().clone() for layer in learner.gated.layers]
+    scales = [1 + torch.rand(layer.channels) for layer in learner.gated.layers]
+    for layer, scale in zip(learner.gated.layers, scales, strict=True):
+        layer.gate.bias.data.copy_(scale)
     monkeypatch.setattr(runtime_stages, "train_gated", lambda *_, **__: TrainReport((0.0,), (0.0,)))
     for at, kind in enumerate(("gates", "scores", "network")):
         learner._network(Stage(kind, 1), at, lambda *_: None)

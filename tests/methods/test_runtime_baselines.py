@@ -366,3 +366,28 @@ def test_a_diverging_training_stops_at_its_last_good_epoch_and_goes_on_from_ther
 def test_a_misspelt_method_is_refused_with_the_closest(task: Task) -> None:
     with pytest.raises(ValueError, match="did you mean 'static_uniform'"):
         run_runtime("static_unifrom", task, keep=0.5, epochs=1)
+
+
+@pytest.mark.parametrize(("trust", "shared"), [(0.0, True), (0.5, True), (1.0, False)])
+def test_static_scores_that_decide_start_from_the_scales(
+    trust: float, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(task: Task) -> GatedNetwork:
+        gated = runtime.attached(task)
+        for layer in gated.layers:
+            layer.gate.bias.data.copy_(torch.linspace(1, 2, layer.channels))
+        return gated
+
+    def stop(gated: GatedNetwork, *_: object, **__: object) -> None:
+        begun.extend(score.detach() for score in gated.static.scores())
+        raise KeyboardInterrupt
+
+    begun: list[torch.Tensor] = []
+    monkeypatch.setattr(runtime, "train_uniform", stop)
+    method = dataclasses.replace(RUNTIME_METHODS["static_uniform"], prepare=prepare)
+    with pytest.raises(KeyboardInterrupt):
+        run_runtime(method, prune_env.make_task("digits-cnn", epochs=0), keep=KEEP, epochs=1, trust=trust)
+    for score in begun:
+        wanted = (torch.linspace(1, 2, len(score)) / 1.5).sqrt()
+        torch.testing.assert_close(score, wanted if shared else torch.ones_like(wanted))
+    assert begun
