@@ -38,6 +38,7 @@ from baselines import METHODS, prune
 from baselines.method import given_repair, given_scores
 from baselines.runtime import run_runtime
 from prune_env.envs.dynamics import Problem
+from prune_env.number_format import number_format
 from prune_env.pruning.engine.deployed import deploy
 from prune_env.pruning.engine.measurement import compare_latency
 from prune_env.pruning.measure import Measurement
@@ -313,7 +314,8 @@ def measured(comparison: Comparison, cell: Cell, folder: Path, *, tell: Progress
     start = time.perf_counter()
     record = make(Work(comparison, cell, task, folder, tell))
     facts = {"kind": cell.kind, "protocol": comparison.protocol | {"weights": _weights(comparison, cell)}}
-    return facts | record | {"seconds": time.perf_counter() - start, "torch": torch.__version__}
+    own = {"torch": torch.__version__, "number_format": str(number_format(task.network, task.example))}
+    return facts | record | own | {"seconds": time.perf_counter() - start}
 
 
 def _weights(comparison: Comparison, cell: Cell) -> dict[str, Any]:

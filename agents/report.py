@@ -18,7 +18,8 @@ from baselines import allocate, heuristics
 from baselines.method import Case, case_of, plan_of
 from prune_env.envs import dynamics
 from prune_env.envs.dynamics import Problem
-from prune_env.pruning.measure import Measurement, Meter, number_format
+from prune_env.number_format import number_format
+from prune_env.pruning.measure import Measurement, Meter
 from prune_env.pruning.plan import Plan
 from prune_env.tasks.dense import recipe
 from prune_env.tasks.task import Task
@@ -162,7 +163,7 @@ def rank_of(problem: Problem, measured: Measurement) -> tuple[float, float]:
 def measure_test(task: Task, network: nn.Module, device: str) -> tuple[float, float]:
     """Accuracy and loss on the test split."""
     images, labels = task.test.take(len(task.test))
-    return Meter(images, labels, dtype=number_format(network), device=device).accuracy_and_loss(network)
+    return Meter(images, labels, dtype=number_format(network, images), device=device).accuracy_and_loss(network)
 
 
 def row_of(search: Measurement, test: tuple[float, float]) -> Row:

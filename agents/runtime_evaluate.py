@@ -17,11 +17,11 @@ from agents.config import own_package
 from agents.runtime_options import RuntimeTrainConfig, task_of
 from agents.runtime_train import config_of
 from prune_env.files import write
+from prune_env.number_format import number_format
 from prune_env.pruning import archive
 from prune_env.pruning.engine.deployed import DeployedNetwork
 from prune_env.pruning.engine.measurement import compare_latency, disagreement, measure_deployed
 from prune_env.pruning.engine.native import compiled
-from prune_env.runtime_config import number_format_of
 from prune_env.tasks.task import Task
 
 COMPARED = ("accuracy", "loss", "dynamic_macs", "params")
@@ -93,11 +93,8 @@ def evaluate(path: Path, console: Console, *, threads: int = 1) -> int:
 
 def measured(task: Task, deployed: DeployedNetwork, config: RuntimeTrainConfig) -> dict[str, dict[str, Any]]:
     """The rows of a deployed network on both splits."""
-    splits = {"search": task.search, "test": task.test}
-    return {
-        name: measure_deployed(deployed.to(config.device), split.batches(BATCH), dtype=number_format_of(task)).row()
-        for name, split in splits.items()
-    }
+    splits, dtype = {"search": task.search, "test": task.test}, number_format(deployed.to(config.device), task.example)
+    return {name: measure_deployed(deployed, split.batches(BATCH), dtype=dtype).row() for name, split in splits.items()}
 
 
 def _recorded(path: Path) -> dict[str, Any]:

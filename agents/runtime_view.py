@@ -18,8 +18,8 @@ from torch.nn import functional
 from agents.runtime_agent import AgentDecisions
 from prune_env.envs.runtime_dynamics import IMAGE_FIELDS, SAVING, budget_term
 from prune_env.envs.runtime_pruning import RuntimePruningVectorEnv
+from prune_env.number_format import autocast
 from prune_env.pruning.gating.walk import answer
-from prune_env.pruning.measure import autocast
 
 Observation = dict[str, np.ndarray]
 

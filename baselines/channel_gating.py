@@ -61,6 +61,7 @@ from baselines.channel_gating_layers import ChannelGatedNetwork, Gating, attach
 from baselines.channel_gating_measurement import BATCH, GatingCost, GatingMeasurement, measure_gating, open_share
 from baselines.method import Case, Method, Scores
 from prune_env.gates import gate_settings
+from prune_env.number_format import format_named
 from prune_env.pruning.measure import Budget
 from prune_env.pruning.tracing import trace
 from prune_env.tasks.images import Split
@@ -70,7 +71,7 @@ from prune_env.tasks.task import Task
 from prune_env.tasks.training import Hook, TrainSettings, train
 from prune_env.tasks.training.hooks import distillation
 from prune_env.tasks.training.loop import Progress
-from prune_env.tasks.training.settings import DTYPES, one_cycle
+from prune_env.tasks.training.settings import one_cycle
 
 VERSION = 1
 """Part of the cache's key: raise it when the same settings give another network."""
@@ -348,7 +349,7 @@ def within(
     """
     cost = GatingCost.of(attached(task, settings.gating))
     limit = Budget.of(budget, resource="macs", dense=cost.dense, minimum=cost.least).limit
-    images, dtype = [task.calibration(CALIBRATION)], DTYPES[settings.training.dtype]
+    images, dtype = [task.calibration(CALIBRATION)], format_named(settings.training.dtype, "cpu")
 
     def macs(target: float) -> float:
         gated = prepared(task, dataclasses.replace(settings, target=target), progress=progress)
@@ -380,7 +381,7 @@ class GatingResult:
 
 def measured(gated: ChannelGatedNetwork, split: Split, settings: GatingSettings) -> GatingMeasurement:
     """A whole split, in the number format of the training."""
-    return measure_gating(gated, split.batches(BATCH), dtype=DTYPES[settings.training.dtype])
+    return measure_gating(gated, split.batches(BATCH), dtype=format_named(settings.training.dtype, "cpu"))
 
 
 def run_channel_gating(task: Task, settings: GatingSettings, *, progress: Progress | None = None) -> GatingResult:

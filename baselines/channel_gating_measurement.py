@@ -19,11 +19,12 @@ from torch.nn import functional
 from baselines.channel_gating_layers import ChannelGatedNetwork, Gating, attach
 from baselines.potential import Curve, kept, ranked
 from prune_env.envs.dynamics import Problem
+from prune_env.number_format import autocast
 from prune_env.pruning.activations import watching
 from prune_env.pruning.gating.measurement import Habits, RuntimeMeasurement
 from prune_env.pruning.graph import Group
 from prune_env.pruning.importance import IMPORTANCES, Criterion, Evidence
-from prune_env.pruning.measure import autocast, count_params, evaluating, prepare_images
+from prune_env.pruning.measure import count_params, evaluating, prepare_images
 
 BATCH = 128
 CALIBRATION = 512
@@ -105,7 +106,7 @@ def counted(gated: ChannelGatedNetwork) -> Iterator[list[list[np.ndarray]]]:
 
 
 def measure_gating(
-    gated: ChannelGatedNetwork, batches: Iterable[tuple[Tensor, Tensor]], *, dtype: torch.dtype = torch.bfloat16
+    gated: ChannelGatedNetwork, batches: Iterable[tuple[Tensor, Tensor]], *, dtype: torch.dtype = torch.float32
 ) -> GatingMeasurement:
     """Run a split through a gated network.
 

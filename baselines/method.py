@@ -19,7 +19,8 @@ from torch import nn
 
 from baselines.allocate import Choices, Counts, uniform
 from prune_env.envs.dynamics import Problem
-from prune_env.pruning.measure import Budget, Measurement, Meter, number_format
+from prune_env.number_format import number_format
+from prune_env.pruning.measure import Budget, Measurement, Meter
 from prune_env.pruning.plan import Plan
 from prune_env.tasks.task import Task
 from prune_env.tasks.training.loop import Progress
@@ -166,7 +167,7 @@ class Result:
         """Measured on the test split: read on first access, once."""
         images, labels = self._task.test.take(len(self._task.test))
         device = next(self.network.parameters()).device
-        meter = Meter(images, labels, dtype=number_format(self.network), device=str(device))
+        meter = Meter(images, labels, dtype=number_format(self.network, images), device=str(device))
         accuracy, loss = meter.accuracy_and_loss(self.network)
         return replace(self.search, accuracy=accuracy, loss=loss)
 

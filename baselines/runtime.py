@@ -43,6 +43,7 @@ from torch import Tensor
 
 from prune_env.checks import check_name
 from prune_env.gates import attached, deciding, gate_settings, gates_hook
+from prune_env.number_format import format_named
 from prune_env.pruning.gating.fixed import FixedDecisions
 from prune_env.pruning.gating.layer import RectifiedLinear
 from prune_env.pruning.gating.measurement import RuntimeMeasurement, measure_runtime
@@ -53,7 +54,6 @@ from prune_env.tasks.images import Split
 from prune_env.tasks.task import Task
 from prune_env.tasks.training import Hook, TrainingState, TrainReport, TrainSettings, train
 from prune_env.tasks.training.loop import Progress
-from prune_env.tasks.training.settings import DTYPES
 
 LASSO = 1e-8
 """Weight of the gates' L1 norm in FBS."""
@@ -204,7 +204,8 @@ def run_runtime(
     sample = [task.calibration(CALIBRATION)]
 
     def measure(batches: Iterable[tuple[Tensor, Tensor]], decide: FixedDecisions) -> RuntimeMeasurement:
-        return measure_runtime(gated, decide, batches, kept=stored(gated, decide), dtype=DTYPES[settings.dtype])
+        dtype = format_named(settings.dtype, device)
+        return measure_runtime(gated, decide, batches, kept=stored(gated, decide), dtype=dtype)
 
     def share() -> float:
         if budget is None:

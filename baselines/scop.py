@@ -77,7 +77,8 @@ from baselines.potential import Curve, Vector, kept, ranked
 from baselines.scop_layers import ControlledNetwork, group_scores, permuted, writers_of
 from baselines.scop_learning import NETWORK, Settings, Source, learned, observed
 from prune_env.envs.dynamics import Problem
-from prune_env.pruning.measure import autocast, evaluating, number_format
+from prune_env.number_format import autocast, format_named
+from prune_env.pruning.measure import evaluating
 from prune_env.pruning.plan import Plan
 from prune_env.pruning.surgery import BATCH_NORMS, cut
 from prune_env.pruning.tracing import trace
@@ -236,9 +237,9 @@ def renew_statistics(network: nn.Module, split: Split, settings: TrainSettings) 
         settings: Batch size, augmentation and seed.
     """
     norms = [m for m in network.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
-    device, dtype = next(network.parameters()).device, number_format(network)
+    device = next(network.parameters()).device
     draws = torch.Generator().manual_seed(settings.seed)
-    with evaluating(network), autocast(device, dtype):
+    with evaluating(network), autocast(device, format_named(settings.dtype, device)):
         try:
             for norm in norms:
                 norm.training = True

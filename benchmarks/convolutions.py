@@ -1,7 +1,7 @@
 """What a 3x3 convolution costs by its channels: why a narrower layer is not always a faster one.
 
-Batches of 50 images in bfloat16, channels_last, as evaluation runs them: the shapes inside the blocks of a CIFAR
-ResNet, whole and at half their width.
+Batches of 50 images, channels_last, in the number format that is fast here, as evaluation runs them: the shapes inside
+the blocks of a CIFAR ResNet, whole and at half their width.
 
     python -m benchmarks.convolutions
 """
@@ -16,6 +16,7 @@ import tyro
 from torch import nn
 
 from benchmarks.timing import show, take_turns
+from prune_env.number_format import fast_format
 
 SHAPES = tuple(
     (side, inputs, outputs)
@@ -39,8 +40,9 @@ class Settings:
 
 def measure(side: int, inputs: int, outputs: int, settings: Settings) -> list[str]:
     """One row of the table."""
-    layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False).bfloat16().to(memory_format=torch.channels_last)
-    images = torch.randn(settings.images, inputs, side, side).bfloat16().contiguous(memory_format=torch.channels_last)
+    dtype = fast_format("cpu")
+    layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False).to(dtype=dtype, memory_format=torch.channels_last)
+    images = torch.randn(settings.images, inputs, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         seconds = take_turns(settings.rounds, {"one": lambda _: layer(images)})["one"]
     each = float(np.median(seconds)) / settings.images
@@ -52,7 +54,7 @@ def main(settings: Settings) -> None:
     """Time all shapes and print the table."""
     torch.set_num_threads(settings.threads)
     show(
-        f"3x3 convolutions in bfloat16, {settings.threads} thread (median of {settings.rounds})",
+        f"3x3 convolutions in {fast_format('cpu')}, {settings.threads} thread (median of {settings.rounds})",
         ["map", "channels", "us an image", "GMAC/s"],
         [measure(*shape, settings) for shape in SHAPES],
     )

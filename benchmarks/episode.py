@@ -31,8 +31,9 @@ from benchmarks.timing import show
 from prune_env.config import make_problem, make_task, problem_from
 from prune_env.envs.channel_pruning import ChannelPruningEnv
 from prune_env.envs.dynamics import Problem
+from prune_env.number_format import autocast
 from prune_env.pruning.evaluator import Evaluator
-from prune_env.pruning.measure import Measurement, autocast, prepare_images
+from prune_env.pruning.measure import Measurement, prepare_images
 from prune_env.pruning.plan import Plan
 from prune_env.pruning.surgery import cut
 from prune_env.tasks.networks import make_network

@@ -1,7 +1,7 @@
 """Evaluating a pruned network: really smaller, against whole with zeroed channels.
 
 Both sides are the same plan (the same share in every group, as much as half the macs allow), evaluated as everything
-in the project is: in batches, bfloat16 under autocast, channels_last.
+in the project is: in batches, channels_last, in the number format that is fast here.
 
     python -m benchmarks.masked_vs_cut
 """
@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from benchmarks.timing import show, take_turns, uniform_plan
+from prune_env.number_format import fast_format, number_format
 from prune_env.pruning.measure import Meter
 from prune_env.pruning.surgery import cut, masked
 from prune_env.pruning.tracing import trace
@@ -41,7 +42,8 @@ def measure(name: str, settings: Settings) -> list[str]:
     """One row of the table."""
     network = make_network(name, classes=10)
     images = torch.randn(settings.images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    meter = Meter(images, torch.zeros(settings.images, dtype=torch.int64))
+    labels = torch.zeros(settings.images, dtype=torch.int64)
+    meter = Meter(images, labels, dtype=number_format(network, images))
     graph = trace(network, images[:1])
     plan = uniform_plan(graph, settings.budget)
     small = cut(network, graph, plan).to(memory_format=torch.channels_last)
@@ -61,7 +63,7 @@ def main(settings: Settings) -> None:
     """Time all networks and print the table."""
     torch.set_num_threads(settings.threads)
     show(
-        f"Evaluation at {settings.budget} of the macs (bfloat16, median of {settings.rounds}, "
+        f"Evaluation at {settings.budget} of the macs ({fast_format('cpu')}, median of {settings.rounds}, "
         f"{settings.threads} threads)",
         ["network", "macs left", "cut, images/s", "masked, images/s", "faster"],
         [measure(name, settings) for name in settings.networks],

@@ -32,6 +32,7 @@ from benchmarks.timing import show
 from prune_env.config import make_problem, make_task
 from prune_env.envs.dynamics import Problem
 from prune_env.files import write
+from prune_env.number_format import number_format
 from prune_env.pruning.measure import Meter
 from prune_env.pruning.sensitivity import largest
 from prune_env.tasks.dense import recipe
@@ -135,7 +136,8 @@ def fine_tuned(network: nn.Module, task: Task, settings: Settings) -> nn.Module:
 
 def test_accuracy(network: nn.Module, task: Task) -> float:
     """Accuracy on the test split."""
-    return Meter(*task.test.take(len(task.test))).accuracy_and_loss(network)[0]
+    images, labels = task.test.take(len(task.test))
+    return Meter(images, labels, dtype=number_format(network, images)).accuracy_and_loss(network)[0]
 
 
 def conditions(settings: Settings) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from torch import Tensor
 from benchmarks.timing import show, take_turns
 from prune_env.envs.runtime_dynamics import Passage, RuntimeProblem, Scale
 from prune_env.envs.runtime_pruning import RuntimePruningEnv, RuntimePruningVectorEnv
+from prune_env.number_format import autocast, number_format
 from prune_env.pruning.gating.layer import Question
 from prune_env.pruning.gating.network import attach
 from prune_env.pruning.gating.walk import Walker, answer
-from prune_env.pruning.measure import autocast, prepare_images
+from prune_env.pruning.measure import prepare_images
 from prune_env.pruning.tracing import trace
 from prune_env.tasks.networks import make_network
 
@@ -51,9 +52,9 @@ def problem_of(network: str, settings: Settings) -> RuntimeProblem:
     """Gates that differ from image to image."""
     generator = torch.Generator().manual_seed(0)
     channels, side = SHAPES.get(network, (3, 32))
-    dtype = torch.float32 if network in SHAPES else torch.bfloat16
     images = torch.randn(settings.images, channels, side, side, generator=generator)
     dense = make_network(network, classes=10, channels=channels, side=side).eval()
+    dtype = number_format(dense, images)
     gated = attach(dense, trace(dense, images[:1]), images[:1]).to(memory_format=torch.channels_last).eval()
     with torch.no_grad():
         for layer in gated.layers:

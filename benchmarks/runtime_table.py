@@ -29,13 +29,12 @@ from baselines.runtime import RUNTIME_METHODS, attached, run_runtime
 from benchmarks.runtime_runs import TRUSTS, Record, RunSettings, agents_row, made, recorded
 from prune_env.checks import check_name
 from prune_env.files import write
-from prune_env.gates import gate_settings
+from prune_env.number_format import number_format
 from prune_env.pruning import archive
 from prune_env.pruning.engine.deployed import deploy, plan_of, static_decisions
 from prune_env.pruning.engine.measurement import compare_latency
 from prune_env.pruning.gating.accounting import Accounting
 from prune_env.pruning.measure import Meter
-from prune_env.tasks.training.settings import DTYPES
 
 IMAGES = 16
 """Test images that latencies are taken on."""
@@ -94,7 +93,7 @@ def baseline_row(settings: Settings, row: str, seed: int) -> Record:
         if not settings.network(row, seed).exists():
             plan = plan_of(result.gated, static_decisions(result.gated, result.decide.static_keeps, result.trust))
             archive.save(deploy(result.gated, result.decide), plan, settings.network(row, seed))
-        dtype = DTYPES[gate_settings(task, epochs=1).dtype]
+        dtype = number_format(task.network, task.example)
         dense = {
             name: Meter(*split.take(len(split)), dtype=dtype).accuracy_and_loss(task.network)[0]
             for name, split in (("search", task.search), ("test", task.test))

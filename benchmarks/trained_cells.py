@@ -25,8 +25,9 @@ from baselines import METHODS, channel_gating, directional_pruning, polarization
 from baselines.method import Method
 from prune_env.files import write
 from prune_env.gates import LEARNING_RATE as LR
+from prune_env.number_format import number_format
 from prune_env.pruning import archive
-from prune_env.pruning.measure import Meter, number_format
+from prune_env.pruning.measure import Meter
 from prune_env.tasks.dense import usual_training
 from prune_env.tasks.images import Split
 from prune_env.tasks.task import Task
@@ -264,7 +265,8 @@ def _read_rows(file: Path) -> list[Record]:
 
 
 def _meter(network: nn.Module, split: Split) -> Meter:
-    return Meter(*split.take(len(split)), dtype=number_format(network))
+    images, labels = split.take(len(split))
+    return Meter(images, labels, dtype=number_format(network, images))
 
 
 def _splits(task: Task) -> dict[str, Split]:

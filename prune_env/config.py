@@ -18,12 +18,13 @@ from prune_env.checks import check_budget, check_integer, check_name, check_rang
 from prune_env.envs import observation
 from prune_env.envs.channel_pruning import ChannelPruningEnv
 from prune_env.envs.dynamics import Problem, check_budgets, open_steps
+from prune_env.number_format import number_format
 from prune_env.presets import MEASURES, PRESETS, Bench
 from prune_env.pruning import importance as importances
 from prune_env.pruning import tracing
 from prune_env.pruning.evaluator import Evaluator
 from prune_env.pruning.importance import IMPORTANCES
-from prune_env.pruning.measure import Measurement, Meter, count_macs, count_params, number_format
+from prune_env.pruning.measure import Measurement, Meter, count_macs, count_params
 from prune_env.pruning.moments import REFITS, Moments
 from prune_env.pruning.runtime import PooledActivation
 from prune_env.task_config import TaskConfig
@@ -164,7 +165,7 @@ def make_task(name: str, **options: Any) -> Task:
         ValueError: An unknown name, weights that do not fit, or a network whose outputs are not finite.
     """
     task = tasks.make_task(name, **options)
-    meter = Meter(*_everything(task.search), dtype=number_format(task.network))
+    meter = Meter(*_everything(task.search), dtype=number_format(task.network, task.example))
     return dataclasses.replace(task, dense=_dense(task.network, meter, example=task.example, name=task.name))
 
 
@@ -279,7 +280,7 @@ def build(material: Material, config: EnvConfig) -> Problem:
     # Here already, because what follows takes long on a large network.
     values = (config.budget, *(config.budget_range or ()))
     check_budgets(graph, steps, allowed, resource=config.budget_resource, values=values)
-    meter = Meter(*material.search, dtype=number_format(network), device=config.device)
+    meter = Meter(*material.search, dtype=number_format(network, images), device=config.device)
     dense = material.dense or _dense(network, meter, example=images[:1], name=material.name)
     wanted = {name: getattr(config, name) for name in ("short_steps", "short_lr", "predictor", "recalibrate", "device")}
     data = {"name": material.name, "train": material.train, "training": material.training}

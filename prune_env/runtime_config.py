@@ -13,6 +13,7 @@ from prune_env.config import _tuples
 from prune_env.envs.runtime_dynamics import RuntimeProblem, Scale
 from prune_env.envs.runtime_pruning import RuntimePruningEnv, RuntimePruningVectorEnv
 from prune_env.gates import prepared
+from prune_env.number_format import number_format
 from prune_env.pruning.gating.network import GatedNetwork
 from prune_env.pruning.gating.static import STATIC_IMPORTANCES
 from prune_env.pruning.gating.tradeoff import check_trust
@@ -109,17 +110,12 @@ def make_runtime_problem(
     return problem_of(task, gated, config)
 
 
-def number_format_of(task: Task) -> torch.dtype:
-    """What a task's gated network runs in: networks for digits are too small for bfloat16 to pay."""
-    return torch.float32 if task.data == "digits" else torch.bfloat16
-
-
 def problem_of(task: Task, gated: GatedNetwork, config: RuntimeConfig, **changes: Any) -> RuntimeProblem:
     """A problem from a gated network and a config; `changes` are further fields of `RuntimeProblem`."""
     split: Split = {"train": task.train, "search": task.search}[config.images]
     gated = gated.to(config.device).to(memory_format=torch.channels_last).eval()
     images, labels = split.take(min(len(split), MOST_IMAGES))
-    dtype = number_format_of(task)
+    dtype = number_format(gated, images)
     images = prepare_images(images, device=config.device, dtype=dtype)
     return RuntimeProblem(
         name=task.name,

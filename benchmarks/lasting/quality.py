@@ -7,7 +7,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from prune_env.pruning.measure import BATCH_SIZE, autocast, evaluating, number_format
+from prune_env.number_format import autocast, number_format
+from prune_env.pruning.measure import BATCH_SIZE, evaluating
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def quality(
         images: `[n, ...]` as `prepare_images` lays them out.
         labels: `[n]` classes.
     """
-    with evaluating(network), autocast(images.device, number_format(network)):
+    with evaluating(network), autocast(images.device, number_format(network, images)):
         logits = torch.cat([network(batch).float() for batch in images.split(BATCH_SIZE)])
     right = logits.gather(1, labels[:, None])[:, 0]
     best_other = logits.scatter(1, labels[:, None], -torch.inf).amax(1)

@@ -16,8 +16,9 @@ from benchmarks.lasting.quality import quality
 from benchmarks.lasting.short import Entry, Short, trained
 from benchmarks.lasting.study import Job, Record, Study, read, save, timed
 from prune_env.envs.widths import widths
+from prune_env.number_format import number_format
 from prune_env.pruning.evaluator import Evaluator
-from prune_env.pruning.measure import number_format, prepare_images
+from prune_env.pruning.measure import prepare_images
 from prune_env.pruning.plan import Plan
 
 REPAIRS = {"cut": ("none", False), "recalibrated": ("none", True), "refit": ("moments", True)}
@@ -71,7 +72,7 @@ class Bench:
         """Images of the search split, prepared once, and labels."""
         if self._search is None:
             images, labels = self.study.task.search.take(len(self.study.task.search))
-            dtype = number_format(self.study.task.network)
+            dtype = number_format(self.study.task.network, images)
             self._search = prepare_images(images, device="cpu", dtype=dtype), labels
         return self._search
 

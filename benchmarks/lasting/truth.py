@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.lasting.study import Job, Record, Study, save, timed
-from prune_env.pruning.measure import Meter, number_format
+from prune_env.number_format import number_format
+from prune_env.pruning.measure import Meter
 from prune_env.tasks.training import train
 
 
@@ -54,7 +55,7 @@ def fine_tuned(study: Study, plan: Record, seed: int) -> Record:
     steps = own.epochs * max(1, len(task.train) // own.batch_size)
     record = {"plan": plan["name"], "seed": seed, "steps": steps}
     for name, split in (("truth", study.truth), ("test", task.test)):
-        meter = Meter(*split.take(len(split)), dtype=number_format(network))
+        meter = Meter(*split.take(len(split)), dtype=number_format(network, task.example))
         record[f"{name}_accuracy"], record[f"{name}_loss"] = meter.accuracy_and_loss(network)
     checkpoint.unlink()
     return {**record, "train_losses": list(report.losses), **cost}

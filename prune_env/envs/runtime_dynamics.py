@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from prune_env.number_format import autocast
 from prune_env.pruning.gating.accounting import Accounting
 from prune_env.pruning.gating.layer import Question
 from prune_env.pruning.gating.network import GatedNetwork, producer_of
 from prune_env.pruning.gating.tradeoff import StaticDecision, check_trust, count_of, decide_static, select
 from prune_env.pruning.gating.walk import Walker
-from prune_env.pruning.measure import Budget, autocast
+from prune_env.pruning.measure import Budget
 
 STEEPNESS, SLACK, SAVING = 1.2, 0.03, 0.1
 """Constants of the budget terms, from the official code of the core paper."""
@@ -98,7 +99,7 @@ class RuntimeProblem:
     trust: float = 0.5
     min_keep: float = 0.1
     static_keeps: tuple[float, ...] | None = None
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.float32
     _even: dict[float, float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from prune_env.envs.runtime_dynamics import LossMean, Passage, RuntimeProblem, rewards, widths
+from prune_env.number_format import autocast
 from prune_env.pruning.gating.layer import Question
 from prune_env.pruning.gating.walk import Walk
-from prune_env.pruning.measure import autocast
 
 Observation = dict[str, np.ndarray]
 

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prune_env.pruning.measure import autocast, evaluating, prepare_images
+from prune_env.number_format import autocast
+from prune_env.pruning.measure import evaluating, prepare_images
 
 BATCH_SIZE = 250
 """Images per forward pass."""
@@ -18,7 +19,7 @@ def recalibrate(
     images: Float[Tensor, "image ..."],
     *,
     batch_size: int = BATCH_SIZE,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Replace the running statistics of every BatchNorm, in place, by their average over batches of equal size.
 

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
+
+from prune_env.number_format import autocast
 
 RESOURCES = ("macs", "params", "latency_s")
 
@@ -218,21 +219,6 @@ def prepare_images(images: Tensor, *, device: str | torch.device, dtype: torch.d
     return _laid_out(images.to(device=device, dtype=dtype))
 
 
-def autocast(device: str | torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Lower formats as a context in which each weight is cast once; nothing for float32."""
-    lower = dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(torch.device(device).type, dtype=dtype if lower else torch.bfloat16, enabled=lower)
-
-
-def number_format(network: nn.Module) -> torch.dtype:
-    """What a network is measured in: bfloat16 where convolutions make that pay, else float32.
-
-    bfloat16 moves the accuracy of a small linear network by tenths of a per cent and saves it hardly any time.
-    """
-    convolves = any(isinstance(module, _ConvNd) for module in network.modules())
-    return torch.bfloat16 if convolves else torch.float32
-
-
 class Meter:
     """Accuracy and loss on one split, whose images are prepared once.
 
@@ -253,7 +239,7 @@ class Meter:
         labels: Int64[Tensor, " label"],
         *,
         batch_size: int = BATCH_SIZE,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
         if len(images) == 0 or len(images) != len(labels):

@@ -146,6 +146,15 @@ def test_a_training_stopped_at_any_step_resumes_to_the_same_network(split, tmp_p
     assert same(state_of(whole), state_of(resumed))
 
 
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
+def test_a_training_runs_in_the_number_format_that_is_fast_here(split, monkeypatch, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast is torch.bfloat16)
+    seen = []
+    hook = Hook(after_step=lambda state: seen.append(state.logits.dtype))
+    train(Dropping(), split, settings=settings(epochs=1, dtype="auto"), hooks=[hook])
+    assert set(seen) == {fast}
+
+
 def test_a_finished_checkpoint_gives_its_network_back_without_training(split, tmp_path):
     checkpoint = tmp_path / "checkpoint.safetensors"
     first, second = Dropping(), Dropping()

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prune_env.number_format import autocast
 from prune_env.pruning.engine.deployed import DeployedNetwork
 from prune_env.pruning.gating.measurement import Habits, RuntimeMeasurement
-from prune_env.pruning.measure import Latency, autocast, count_params, measure_latency
+from prune_env.pruning.measure import Latency, count_params, measure_latency
 
 
 def measure_deployed(
-    deployed: DeployedNetwork, batches: Iterable[tuple[Tensor, Tensor]], *, dtype: torch.dtype = torch.bfloat16
+    deployed: DeployedNetwork, batches: Iterable[tuple[Tensor, Tensor]], *, dtype: torch.dtype = torch.float32
 ) -> RuntimeMeasurement:
     """Run a split through a deployed network, by its masked computation: the engine's outputs, faster for a batch.
 

@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
+from prune_env.number_format import autocast
 from prune_env.pruning.gating.accounting import Accounting
 from prune_env.pruning.gating.layer import Decide, Question
 from prune_env.pruning.gating.network import GatedNetwork
-from prune_env.pruning.measure import autocast, evaluating
+from prune_env.pruning.measure import evaluating
 
 PERCENTILES = (5, 25, 50, 75, 95)
 
@@ -121,7 +122,7 @@ def measure_runtime(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     kept: np.ndarray | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.float32,
 ) -> RuntimeMeasurement:
     """Run a split through a gated network under some decisions.
 

@@ -52,7 +52,7 @@ class Arguments:
     flip: Annotated[bool | None, tyro.conf.FlagConversionOff] = None
     """Mirror images at random."""
     dtype: str | None = None
-    """Precision of the forward pass, bfloat16 or float32."""
+    """Precision of the forward pass: bfloat16, float32, or auto, the one that is fast here."""
     threads: int | None = None
     """CPU threads; 0 takes torch's own setting."""
 

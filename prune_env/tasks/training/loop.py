@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prune_env.number_format import autocast, format_named
 from prune_env.tasks.images import Split
 from prune_env.tasks.training.augmentation import augment
 from prune_env.tasks.training.checkpoint import Checkpoint
 from prune_env.tasks.training.hooks import Hook, TrainingState
 from prune_env.tasks.training.memory import keep_freed_memory
-from prune_env.tasks.training.settings import DTYPES, TrainSettings, one_cycle
+from prune_env.tasks.training.settings import TrainSettings, one_cycle
 
 Progress = Callable[[int, int, str], None]
 """Called as (steps done, steps in all, what is under way)."""
@@ -186,7 +187,7 @@ class _Run:
         for hook in self.hooks:
             hook.before_step(state)
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, DTYPES[settings.dtype], enabled=settings.dtype != "float32"):
+        with autocast(self.device, format_named(settings.dtype, self.device)):
             logits = self.network(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
         state.logits, state.loss, value = logits, loss, loss.item()

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Precision of the forward pass; weights and gradients are float32 in either."""
+from prune_env.number_format import CHOICES
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,8 @@ class TrainSettings:
     """Pixels of zero padding for random crops; 0 for none."""
     flip: bool = True
     """Mirror every second image at random."""
-    dtype: str = "bfloat16"
-    """Precision of the forward pass, `bfloat16` or `float32`."""
+    dtype: str = "auto"
+    """Precision of the forward pass, `bfloat16` or `float32`; `auto` takes the one that is fast on its device."""
     seed: int = 0
     """Seed of order, augmentation and dropout."""
     threads: int = 0
@@ -55,7 +52,7 @@ class TrainSettings:
             "warmup": (0 <= self.warmup < 1, "a share from 0 below 1"),
             "crop": (self.crop >= 0, "0 or more"),
             "threads": (self.threads >= 0, "0 or more"),
-            "dtype": (self.dtype in DTYPES, " or ".join(DTYPES)),
+            "dtype": (self.dtype in CHOICES, " or ".join(CHOICES)),
         }
         for name, (fits, what) in allowed.items():
             if not fits:
