@@ -31,7 +31,7 @@ GATES_RATE = 1e-3
 REFRESH = 50
 """Steps between two refreshes of the static predictor's features. The official code computes them once."""
 
-VERSION = 5
+VERSION = 6
 """Part of the cache's key: raise it when the same settings give another network."""
 
 

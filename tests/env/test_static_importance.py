@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from prune_env import gates
 from prune_env.config import make_task
+from prune_env.pruning.gating.network import attach
 from prune_env.pruning.gating.static import STATIC_IMPORTANCES, StaticPredictor, filter_distance, taylor
 from prune_env.pruning.plan import Plan
+from prune_env.pruning.tracing import trace
 from tests.env.gated_networks import GATEABLE, fresh, trained
 from tests.env.small_networks import example
 
@@ -83,7 +85,7 @@ def test_shared_scales_by_hand() -> None:
 def test_sharing_scales_changes_no_output_and_lets_both_scores_rank_alike(name: str, static: str) -> None:
     gated = trained(name, static=static)
     before, scores = gated(example(7)), [score.detach().clone() for score in gated.static.scores()]
-    sizes = [layer.gate.bias.detach().abs() for layer in gated.layers]
+    sizes = [layer.gate.bias.detach().abs() * layer.filter_sizes() for layer in gated.layers]
     gated.share_scales()
     torch.testing.assert_close(gated(example(7)), before, rtol=1e-3, atol=1e-4)
     for found, score, size in zip(gated.static.scores(), scores, sizes, strict=True):
@@ -93,6 +95,21 @@ def test_sharing_scales_changes_no_output_and_lets_both_scores_rank_alike(name: 
             share = found / score
             assert (share >= 0.099).all()
             assert (share[size.argsort()].diff() >= -1e-6).all()
+
+
+def test_without_a_norm_the_sizes_of_filters_are_shared() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    network[0].weight.data = WEIGHT.clone()  # norms 5, 0 and 4, their mean 3
+    x = torch.tensor([[1.0, 2.0]])
+    gated = attach(network, trace(network, x), x).eval()
+    layer, expected = gated.layers[0], gated(x)
+    gated.share_scales()
+    sizes = torch.tensor([5 / 3, 0.1, 4 / 3])  # the least there is stands for 0
+    shares = (sizes / sizes.mean()).sqrt()
+    torch.testing.assert_close(gated.static.scores()[0].detach(), shares)
+    torch.testing.assert_close(layer.gate.bias.detach(), sizes / shares)
+    torch.testing.assert_close(layer.producer.weight.detach(), WEIGHT / sizes[:, None])
+    torch.testing.assert_close(gated(x), expected)
 
 
 def test_prepared_gates_begin_with_shared_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

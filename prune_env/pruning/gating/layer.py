@@ -160,6 +160,18 @@ class GatedLayer(nn.Module):
             weight = self.gate.weight * (self.sight.running_var + self.sight.eps).rsqrt() * self.gain
             return weight, self.gate.bias - weight @ self.sight.running_mean
 
+    def filter_sizes(self) -> Float[Tensor, " channel"]:
+        """L2 norm of each filter over the layer's mean; one behind which a norm stands that undoes it."""
+        size = self.producer.weight.detach().flatten(1).norm(dim=1)
+        return size / size.mean().clamp_min(1e-12) if isinstance(self.norm, nn.Identity) else torch.ones_like(size)
+
+    @torch.no_grad()
+    def rescale(self, filters: Float[Tensor, " channel"], gates: Float[Tensor, " channel"]) -> None:
+        """Multiply filters and runtime scores by positive factors of each channel."""
+        self.producer.weight.mul_(filters.view(-1, *[1] * (self.producer.weight.dim() - 1)))
+        self.gate.weight.mul_(gates[:, None])
+        self.gate.bias.mul_(gates)
+
     def absorb_zeros(self, whole: GatedLayer, kept: Sequence[int] | None) -> None:
         """Give the bias what lost inputs, always zero, say to the predictor once they are standardised.
 

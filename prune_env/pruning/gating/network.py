@@ -116,13 +116,15 @@ class GatedNetwork(nn.Module):
         A gate is the product of both scores. At first the runtime score has all of it (the BatchNorm's scale), and all
         static scores are one: they rank channels by what a short training makes of that, which is next to nothing (a
         deviation of .025 after an epoch of CIFAR-10). The paper starts them at random and trains for long. Here they
-        take over the root of each mean gate's size, so that both rank alike before they learn.
+        take over the root of each mean gate's size, so that both rank alike before they learn. A layer without a norm
+        has no scales: the sizes of its filters become some.
         """
-        sizes = [layer.gate.bias.abs() for layer in self.layers]
-        wanted = [(size / size.mean().clamp_min(1e-12)).sqrt().clamp_min(LEAST_SCALE) for size in sizes]
-        for layer, factor in zip(self.layers, self.static.absorb(wanted), strict=True):
-            layer.gate.weight.div_(factor[:, None])
-            layer.gate.bias.div_(factor)
+        filters = [layer.filter_sizes().clamp_min(LEAST_SCALE) for layer in self.layers]
+        sizes = [layer.gate.bias.abs() * size for layer, size in zip(self.layers, filters, strict=True)]
+        shares = [(size / size.mean().clamp_min(1e-12)).sqrt().clamp_min(LEAST_SCALE) for size in sizes]
+        if self.static.absorb(shares):
+            for layer, size, share in zip(self.layers, filters, shares, strict=True):
+                layer.rescale(1 / size, size / share)
 
     def refresh(self) -> None:
         """Bring the features of the static importance up to date with the weights and their gradients."""

@@ -31,8 +31,8 @@ class StaticImportance(Protocol):
         """Bring features that follow from weights and their gradients up to date."""
         ...
 
-    def absorb(self, factors: list[Tensor]) -> list[Tensor]:
-        """Multiply the scores by `[channel]` factors per layer, as far as they can be; returns by what they were."""
+    def absorb(self, factors: list[Tensor]) -> bool:
+        """Multiply the scores by `[channel]` factors per layer, if they can be; says whether they were."""
         ...
 
     def restrict(self, kept: list[Tensor]) -> None:
@@ -59,11 +59,11 @@ class StaticVector(nn.Module):
         """Nothing: the scores follow from no weight."""
 
     @torch.no_grad()
-    def absorb(self, factors: list[Tensor]) -> list[Tensor]:
+    def absorb(self, factors: list[Tensor]) -> bool:
         """Multiply the scores by `[channel]` factors per layer."""
         for vector, factor in zip(self.vectors, factors, strict=True):
             vector.mul_(factor)
-        return factors
+        return True
 
     def restrict(self, kept: list[Tensor]) -> None:
         """Forget the channels that were cut away; `kept` holds the indices that stay, per layer."""
@@ -111,9 +111,9 @@ class StaticPredictor(nn.Module):
             if weight.grad is not None:
                 features[:, 2] = taylor(weight, weight.grad)
 
-    def absorb(self, factors: list[Tensor]) -> list[Tensor]:
+    def absorb(self, factors: list[Tensor]) -> bool:
         """Nothing: the scores follow from the features, in which the sizes of channels are already."""
-        return [torch.ones_like(factor) for factor in factors]
+        return False
 
     def restrict(self, kept: list[Tensor]) -> None:
         """Forget the channels that were cut away; `kept` holds the indices that stay, per layer."""
