@@ -12,9 +12,10 @@ from sb3_contrib import RecurrentPPO
 from agents.runtime_policy import WIDTH
 from agents.runtime_stages import RuntimeLearner
 from prune_env.envs.runtime_dynamics import SPREAD, RuntimeProblem
-from prune_env.pruning.engine.deployed import DeployedNetwork, deploy, static_decisions, stored_inputs
+from prune_env.pruning.engine.deployed import DeployedNetwork, deploy
 from prune_env.pruning.engine.policy import PolicySeat, RuntimePolicy, Sight
 from prune_env.pruning.gating.fixed import FixedDecisions
+from prune_env.pruning.gating.stored import static_decisions, stored_inputs
 from prune_env.pruning.gating.tradeoff import StaticDecision
 from prune_env.pruning.measure import Budget
 

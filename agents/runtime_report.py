@@ -15,11 +15,12 @@ from agents.runtime_deploy import deployed_network
 from agents.runtime_options import RuntimeTrainConfig, task_of
 from agents.runtime_stages import RuntimeLearner, Tell
 from prune_env.files import write
-from prune_env.pruning.engine.deployed import DeployedNetwork, plan_of, static_decisions
+from prune_env.pruning.engine.deployed import DeployedNetwork
 from prune_env.pruning.engine.measurement import measure_deployed
 from prune_env.pruning.gating.fixed import FixedDecisions, SameChannels
 from prune_env.pruning.gating.layer import Decide
 from prune_env.pruning.gating.measurement import Recorder, RuntimeMeasurement, measure_runtime
+from prune_env.pruning.gating.stored import plan_of, static_decisions
 from prune_env.pruning.gating.tradeoff import decide_static
 from prune_env.pruning.gating.walk import everything
 from prune_env.pruning.measure import Meter, count_params

@@ -35,6 +35,7 @@ from prune_env.files import write
 from prune_env.gates import attached, gate_settings, train_gated
 from prune_env.pruning.gating.layer import Decide
 from prune_env.pruning.gating.network import GatedNetwork
+from prune_env.pruning.gating.stored import StoredPart, static_decisions
 from prune_env.pruning.measure import Budget
 from prune_env.runtime_config import SCALE_IMAGES, problem_of
 from prune_env.tasks.task import Task
@@ -206,18 +207,29 @@ class RuntimeLearner:
         settings = gate_settings(self.task, epochs=stage.amount, lr=self.config.lr, seed=seed)
         if self.config.threads is not None:
             settings = dataclasses.replace(settings, threads=self.config.threads)
+        part = self._stored_part() if stage.kind == "network" else None
+        decide = self._while_training() if stage.kind == "network" else None
         report = train_gated(
-            self.gated,
+            self.gated if part is None else part.small,
             self.task,
             settings,
             static=stage.kind != "gates",
-            decide=self._while_training() if stage.kind == "network" else None,
+            decide=decide if part is None else part.answering(decide),
             progress=lambda done, total, what: tell(done, total, f"{stage.kind} {stage.round or ''}: {what}"),
             checkpoint=self._inside(at),
             device=self.config.device,
         )
+        if part is not None:
+            part.put_back()
         self.gated.to(memory_format=torch.channels_last)
         return {"loss": report.losses[-1], "accuracy": report.accuracies[-1]}
+
+    def _stored_part(self) -> StoredPart | None:
+        """What static decisions leave of the network, to be trained alone; None where they leave all or are not one."""
+        statics = self.statics()
+        if statics is None or self.config.network_spread:
+            return None
+        return StoredPart.of(self.gated, static_decisions(self.gated, statics, self.config.runtime_trust))
 
     def _agents(self, stage: Stage, at: int, tell: Tell) -> dict[str, float]:
         """Train the agents with a frozen network: the runtime agent, then the static one."""

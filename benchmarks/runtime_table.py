@@ -31,9 +31,10 @@ from prune_env.checks import check_name
 from prune_env.files import write
 from prune_env.number_format import number_format
 from prune_env.pruning import archive
-from prune_env.pruning.engine.deployed import deploy, plan_of, static_decisions
+from prune_env.pruning.engine.deployed import deploy
 from prune_env.pruning.engine.measurement import compare_latency
 from prune_env.pruning.gating.accounting import Accounting
+from prune_env.pruning.gating.stored import plan_of, static_decisions
 from prune_env.pruning.measure import Meter
 
 IMAGES = 16

@@ -9,10 +9,10 @@ from prune_env.config import problem_from
 from prune_env.envs.dynamics import Problem
 from prune_env.gates import deciding
 from prune_env.pruning.calibration import recalibrate
-from prune_env.pruning.engine.deployed import static_decisions, stored_inputs
 from prune_env.pruning.engine.policy import PolicySeat, RuntimePolicy, Sight
 from prune_env.pruning.gating.fixed import FixedDecisions
 from prune_env.pruning.gating.network import GatedNetwork
+from prune_env.pruning.gating.stored import static_decisions, stored_inputs
 from prune_env.tasks.networks import make_network
 
 

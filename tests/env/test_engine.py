@@ -16,10 +16,11 @@ import torch
 import prune_env
 from benchmarks.subjects import random_policy
 from prune_env.pruning.engine import grouped
-from prune_env.pruning.engine.deployed import DeployedNetwork, deploy, plan_of, static_decisions, stored_inputs
+from prune_env.pruning.engine.deployed import DeployedNetwork, deploy
 from prune_env.pruning.engine.grouped import run_grouped
 from prune_env.pruning.gating.accounting import Accounting
 from prune_env.pruning.gating.fixed import FixedDecisions
+from prune_env.pruning.gating.stored import plan_of, static_decisions, stored_inputs
 from prune_env.pruning.measure import count_params
 from prune_env.pruning.plan import Plan
 from tests.env.deployed_networks import (

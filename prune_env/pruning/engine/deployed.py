@@ -7,7 +7,7 @@ for inputs that share a choice). `masked` computes everything and closes gates; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,7 @@ from prune_env.pruning.engine.program import forget, program_of
 from prune_env.pruning.gating.accounting import Accounting
 from prune_env.pruning.gating.fixed import FixedDecisions
 from prune_env.pruning.gating.network import GatedNetwork, producer_of
-from prune_env.pruning.gating.tradeoff import StaticDecision, decide_static
-from prune_env.pruning.plan import Plan
+from prune_env.pruning.gating.stored import plan_of, static_decisions
 
 
 class DeployedNetwork(Anatomy):
@@ -115,33 +114,6 @@ def deploy(gated: GatedNetwork, decide: FixedDecisions, policy: RuntimePolicy | 
     costs, policy = Costs(Accounting.of(gated), kept), copy.deepcopy(policy)
     deployed = DeployedNetwork(small.network, choices, policy, costs, names, _reads(small))
     return deployed.eval().requires_grad_(False)
-
-
-def static_decisions(gated: GatedNetwork, keeps: Sequence[float], trust: float) -> list[StaticDecision]:
-    """What static shares decide about each gated layer."""
-    return [
-        decide_static(score.detach(), keep, trust) for score, keep in zip(gated.static.scores(), keeps, strict=True)
-    ]
-
-
-def stored_inputs(gated: GatedNetwork, decisions: Sequence[StaticDecision]) -> list[Int64[Tensor, " input"]]:
-    """The inputs of each gated layer that some input of the network may use."""
-    graph, modules = gated.graph, [producer_of(gated.graph, name).module for name in gated.names]
-    stored = {
-        module: np.ones(layer.gate.in_features, dtype=bool) for module, layer in zip(modules, gated.layers, strict=True)
-    }
-    for name, decision in zip(gated.names, decisions, strict=True):
-        for slot in graph.group(name).consumers:
-            if slot.module in stored:
-                stored[slot.module][slot.positions(decision.removed.numpy())] = False
-    return [torch.from_numpy(stored[module].nonzero()[0]) for module in modules]
-
-
-def plan_of(gated: GatedNetwork, decisions: Sequence[StaticDecision]) -> Plan:
-    """The channels that static decisions leave, as a plan."""
-    return Plan({
-        name: tuple(decision.kept.tolist()) for name, decision in zip(gated.names, decisions, strict=True)
-    })  # fmt: skip
 
 
 def _reads(gated: GatedNetwork) -> list[Read]:
