@@ -82,11 +82,11 @@ class StoredPart:
         before = [score.detach().clone() for score in self.whole.static.scores()]
 
         def answer(question: Question) -> Bool[Tensor, "sample channel"]:
-            at = question.index
-            decision, kept, (samples, _) = self.decisions[at], self.decisions[at].kept, question.runtime.shape
+            at, device, samples = question.index, question.runtime.device, len(question.runtime)
+            kept = self.decisions[at].kept.to(device)
             pooled = question.pooled.new_zeros(samples, self.whole.layers[at].gate.in_features)
-            runtime = question.runtime.new_zeros(samples, len(decision.removed))
-            pooled[:, inputs[at]], runtime[:, kept] = question.pooled, question.runtime
+            runtime = question.runtime.new_zeros(samples, len(before[at]))
+            pooled[:, inputs[at].to(device)], runtime[:, kept] = question.pooled, question.runtime
             below = torch.nextafter(question.static.min(), question.static.new_tensor(-torch.inf))
             static = torch.minimum(before[at].to(question.static), below).index_copy(0, kept, question.static)
             return decide(dataclasses.replace(question, pooled=pooled, runtime=runtime, static=static))[:, kept]
