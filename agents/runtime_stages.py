@@ -225,9 +225,9 @@ class RuntimeLearner:
         return {"loss": report.losses[-1], "accuracy": report.accuracies[-1]}
 
     def _stored_part(self) -> StoredPart | None:
-        """What static decisions leave of the network, to be trained alone; None where they leave all or are not one."""
+        """What static decisions leave of the network, to be trained alone; None where they leave all or may change."""
         statics = self.statics()
-        if statics is None or self.config.network_spread:
+        if statics is None or self.config.network_spread or not self.gated.static.free:
             return None
         return StoredPart.of(self.gated, static_decisions(self.gated, statics, self.config.runtime_trust))
 

@@ -25,6 +25,7 @@ from prune_env.tasks.images import Split
 from prune_env.tasks.task import Task
 from prune_env.tasks.training import TrainSettings
 from prune_env.tasks.training.loop import Progress
+from prune_env.tasks.weights import write_tensors
 
 Record = dict[str, Any]
 
@@ -109,15 +110,18 @@ class Study:
 
     @cached_property
     def _whole(self) -> Task:
-        """The task with search and truth images in one split: the dense training sees neither."""
-        held_out = self.settings.search_size + self.settings.truth_size
-        return make_task(
-            self.settings.task,
-            seed=self.settings.seed,
-            epochs=self.settings.epochs,
-            search_size=held_out,
-            progress=self.progress,
-        )
+        """The task with search and truth images in one split: the dense training sees neither.
+
+        The dense network lies with the records: the same training ends in another network on another machine, and
+        records of two networks do not belong together.
+        """
+        file, settings = self.folder / "dense.safetensors", self.settings
+        source: dict[str, Any] = {"weights": file} if file.exists() else {"epochs": settings.epochs}
+        held_out = settings.search_size + settings.truth_size
+        task = make_task(settings.task, seed=settings.seed, search_size=held_out, progress=self.progress, **source)
+        if not file.exists():
+            write_tensors(task.network.state_dict(), file)
+        return task
 
     @cached_property
     def task(self) -> Task:

@@ -73,6 +73,16 @@ def test_the_truth_is_held_out_of_everything_else(study: Study) -> None:
     assert study.task.test.images is not study.truth.images
 
 
+def test_the_dense_network_lies_with_the_records(study: Study, tmp_path: Path) -> None:
+    (tmp_path / "dense.safetensors").write_bytes((study.folder / "dense.safetensors").read_bytes())
+    # Other epochs would be another network, if one were trained.
+    again = Study(dataclasses.replace(TINY, epochs=1), tmp_path)
+    for name, tensor in study.task.network.state_dict().items():
+        assert torch.equal(again.task.network.state_dict()[name], tensor), name
+    for split in ("train", "search"):
+        assert torch.equal(getattr(again.task, split).indices, getattr(study.task, split).indices)
+
+
 def test_every_plan_keeps_its_budget_and_names_its_score_and_repair(study: Study) -> None:
     made = study.plans()
     assert [plan["name"] for plan in made] == sorted(f"0.5-{name}" for name in PLANS)

@@ -119,12 +119,14 @@ class GatedNetwork(nn.Module):
         take over the root of each mean gate's size, so that both rank alike before they learn. A layer without a norm
         has no scales: the sizes of its filters become some.
         """
+        if not self.static.free:
+            return
         filters = [layer.filter_sizes().clamp_min(LEAST_SCALE) for layer in self.layers]
         sizes = [layer.gate.bias.abs() * size for layer, size in zip(self.layers, filters, strict=True)]
         shares = [(size / size.mean().clamp_min(1e-12)).sqrt().clamp_min(LEAST_SCALE) for size in sizes]
-        if self.static.absorb(shares):
-            for layer, size, share in zip(self.layers, filters, shares, strict=True):
-                layer.rescale(1 / size, size / share)
+        self.static.absorb(shares)
+        for layer, size, share in zip(self.layers, filters, shares, strict=True):
+            layer.rescale(1 / size, size / share)
 
     def refresh(self) -> None:
         """Bring the features of the static importance up to date with the weights and their gradients."""

@@ -21,7 +21,13 @@ FEATURES = ("learned", "distance", "norm", "taylor")
 
 
 class StaticImportance(Protocol):
-    """A module that scores the channels of every gated layer."""
+    """A module that scores the channels of every gated layer.
+
+    Attributes:
+        free: Whether scores are numbers of their own; others follow from the weights, and cannot be set.
+    """
+
+    free: bool
 
     def scores(self) -> list[Tensor]:
         """`[channel]` per layer, in forward order, with gradients."""
@@ -31,8 +37,12 @@ class StaticImportance(Protocol):
         """Bring features that follow from weights and their gradients up to date."""
         ...
 
-    def absorb(self, factors: list[Tensor]) -> bool:
-        """Multiply the scores by `[channel]` factors per layer, if they can be; says whether they were."""
+    def absorb(self, factors: list[Tensor]) -> None:
+        """Multiply free scores by `[channel]` factors per layer."""
+        ...
+
+    def lower(self, removed: list[Tensor]) -> None:
+        """Let free scores of channels `[channel]` per layer be below all others."""
         ...
 
     def restrict(self, kept: list[Tensor]) -> None:
@@ -47,6 +57,8 @@ class StaticVector(nn.Module):
     before they have learned anything comes from `GatedNetwork.share_scales`.
     """
 
+    free = True
+
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
         self.vectors = nn.ParameterList([nn.Parameter(torch.ones(len(weight))) for weight in weights])
@@ -59,11 +71,18 @@ class StaticVector(nn.Module):
         """Nothing: the scores follow from no weight."""
 
     @torch.no_grad()
-    def absorb(self, factors: list[Tensor]) -> bool:
+    def absorb(self, factors: list[Tensor]) -> None:
         """Multiply the scores by `[channel]` factors per layer."""
         for vector, factor in zip(self.vectors, factors, strict=True):
             vector.mul_(factor)
-        return True
+
+    @torch.no_grad()
+    def lower(self, removed: list[Tensor]) -> None:
+        """Let scores of channels `[channel]` per layer be below all others; among themselves they rank as before."""
+        for vector, low in zip(self.vectors, removed, strict=True):
+            if low.any():
+                over = vector[low].max() - vector[~low].min()
+                vector[low] -= over.clamp_min(0) + 1e-3
 
     def restrict(self, kept: list[Tensor]) -> None:
         """Forget the channels that were cut away; `kept` holds the indices that stay, per layer."""
@@ -81,6 +100,8 @@ class StaticPredictor(nn.Module):
     filter of `(w * gradient)^2`, divided by the L2 norm over the layer's channels plus 1e-3. (The code divides the
     gradient by a count first; here it is that of a mean loss.)
     """
+
+    free = False
 
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
@@ -111,9 +132,11 @@ class StaticPredictor(nn.Module):
             if weight.grad is not None:
                 features[:, 2] = taylor(weight, weight.grad)
 
-    def absorb(self, factors: list[Tensor]) -> bool:
+    def absorb(self, factors: list[Tensor]) -> None:
         """Nothing: the scores follow from the features, in which the sizes of channels are already."""
-        return False
+
+    def lower(self, removed: list[Tensor]) -> None:
+        """Nothing: the scores follow from the features."""
 
     def restrict(self, kept: list[Tensor]) -> None:
         """Forget the channels that were cut away; `kept` holds the indices that stay, per layer."""

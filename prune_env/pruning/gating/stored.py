@@ -66,7 +66,13 @@ class StoredPart:
 
     @classmethod
     def of(cls, whole: GatedNetwork, decisions: Sequence[StaticDecision]) -> StoredPart:
-        """Cut the stored part out."""
+        """Cut the stored part out.
+
+        Raises:
+            ValueError: Static scores follow from the weights: the removed channels could come to rank above others.
+        """
+        if not whole.static.free:
+            raise ValueError("the stored part can be trained alone only where static scores are free numbers")
         return cls(whole, tuple(decisions), whole.cut(plan_of(whole, decisions)))
 
     def answering(self, decide: Decide) -> Decide:
@@ -97,7 +103,8 @@ class StoredPart:
     def put_back(self) -> None:
         """Write what the stored part has learned into the whole network, which computes the same then.
 
-        Removed channels, and what stored ones read of them, stay as they were.
+        Removed channels, and what stored ones read of them, stay as they were, but for their static scores: they have
+        learned nothing, and rank below what has.
         """
         whole, origins = self.whole.state_dict(), _origins(self.whole, self.decisions)
         for name, values in self.small.state_dict().items():
@@ -114,6 +121,7 @@ class StoredPart:
                 (weight, _), (_, bias) = layer.predictor(), small.predictor()
                 said = bias.to(weight) + (weight @ layer.sight.running_mean)[decision.kept]
                 layer.gate.bias.index_copy_(0, decision.kept.to(weight.device), said)
+        self.whole.static.lower([decision.removed for decision in self.decisions])
 
 
 @torch.no_grad()
