@@ -1,7 +1,7 @@
 """Number formats of a forward pass: which one is fast where it runs.
 
 bfloat16 pays where the hardware multiplies matrices in it: Intel's AMX, and CUDA from Ampere on. A CPU without such
-units is slower in it than in float32: 1.4 to 1.7 times, CIFAR networks, AVX-512 (`benchmarks.number_formats`).
+units is slower in it than in float32: by 1.4 to 1.7, CIFAR networks, AVX-512 (`benchmarks.number_formats`).
 """
 
 from __future__ import annotations

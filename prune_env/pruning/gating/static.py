@@ -80,9 +80,8 @@ class StaticVector(nn.Module):
     def lower(self, removed: list[Tensor]) -> None:
         """Let scores of channels `[channel]` per layer be below all others; among themselves they rank as before."""
         for vector, low in zip(self.vectors, removed, strict=True):
-            if low.any():
-                over = vector[low].max() - vector[~low].min()
-                vector[low] -= over.clamp_min(0) + 1e-3
+            if low.any() and (over := vector[low].max() - vector[~low].min()) >= 0:
+                vector[low] -= over + 1e-3
 
     def restrict(self, kept: list[Tensor]) -> None:
         """Forget the channels that were cut away; `kept` holds the indices that stay, per layer."""
