@@ -21,7 +21,6 @@ from prune_env.pruning.gating.fixed import FixedDecisions, SameChannels
 from prune_env.pruning.gating.layer import Decide
 from prune_env.pruning.gating.measurement import Recorder, RuntimeMeasurement, measure_runtime
 from prune_env.pruning.gating.stored import plan_of, static_decisions
-from prune_env.pruning.gating.tradeoff import decide_static
 from prune_env.pruning.gating.walk import everything
 from prune_env.pruning.measure import Meter, count_params
 from prune_env.pruning.plan import Plan
@@ -131,8 +130,7 @@ class RuntimeReporter:
         problem, statics = self.learner.problem, self.statics if statics is None else statics
         if statics is None:
             return problem.channels
-        scores = [score.detach() for score in problem.gated.static.scores()]
-        decisions = [decide_static(score, keep, problem.trust) for score, keep in zip(scores, statics, strict=True)]
+        decisions = static_decisions(problem.gated, statics, problem.trust)
         return np.array([len(decision.kept) for decision in decisions], dtype=np.int64)
 
     def _same(self, decide: Decide, kept: np.ndarray) -> dict[str, Any]:

@@ -48,7 +48,8 @@ from prune_env.pruning.gating.fixed import FixedDecisions
 from prune_env.pruning.gating.layer import RectifiedLinear
 from prune_env.pruning.gating.measurement import RuntimeMeasurement, measure_runtime
 from prune_env.pruning.gating.network import GatedNetwork
-from prune_env.pruning.gating.tradeoff import check_trust, decide_static
+from prune_env.pruning.gating.stored import static_decisions
+from prune_env.pruning.gating.tradeoff import check_trust
 from prune_env.pruning.measure import Budget
 from prune_env.tasks.images import Split
 from prune_env.tasks.task import Task
@@ -310,10 +311,7 @@ def uniform(gated: GatedNetwork, keep: float, trust: float | int) -> FixedDecisi
 
 def stored(gated: GatedNetwork, decide: FixedDecisions) -> Int64[np.ndarray, " layer"]:
     """Channels of each layer that some input may use under these decisions; the others can be cut for good."""
-    scores = (score.detach() for score in gated.static.scores())
-    decisions = (
-        decide_static(score, keep, decide.trust) for score, keep in zip(scores, decide.static_keeps, strict=True)
-    )
+    decisions = static_decisions(gated, decide.static_keeps, decide.trust)
     return np.array([len(decision.kept) for decision in decisions], dtype=np.int64)
 
 

@@ -278,12 +278,18 @@ def test_static_scores_that_decide_start_from_the_scales(tmp_path, monkeypatch, 
     scales = [1 + torch.rand(layer.channels) for layer in learner.gated.layers]
     for layer, scale in zip(learner.gated.layers, scales, strict=True):
         layer.gate.bias.data.copy_(scale)
-    monkeypatch.setattr(runtime_stages, "train_gated", lambda *_, **__: TrainReport((0.0,), (0.0,)))
+    widths = []
+    monkeypatch.setattr(
+        runtime_stages, "train_gated", lambda net, *_, **__: widths.append(net.full) or TrainReport((0.0,), (0.0,))
+    )
     for at, kind in enumerate(("gates", "scores", "network")):
         learner._network(Stage(kind, 1), at, lambda *_: None)
     for scale, score in zip(scales, learner.gated.static.scores(), strict=True):
         shared = (scale.abs() / scale.abs().mean()).sqrt().clamp_min(0.1)
         torch.testing.assert_close(score.detach(), torch.ones_like(scale) if trust == 1 else shared)
+    # What is removed for good is left out of the network's stage, and of no other.
+    whole = learner.gated.full
+    assert [(width < whole).any() for width in widths] == [False, False, trust < 1]
 
 
 @pytest.mark.slow

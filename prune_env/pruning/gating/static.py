@@ -24,7 +24,8 @@ class StaticImportance(Protocol):
     """A module that scores the channels of every gated layer.
 
     Attributes:
-        free: Whether scores are numbers of their own; others follow from the weights, and cannot be set.
+        free: Whether scores are numbers of their own, which `absorb` and `lower` of that class set; others follow from
+            the weights.
     """
 
     free: bool
@@ -35,14 +36,6 @@ class StaticImportance(Protocol):
 
     def refresh(self, weights: Mapping[int, Tensor]) -> None:
         """Bring features that follow from weights and their gradients up to date."""
-        ...
-
-    def absorb(self, factors: list[Tensor]) -> None:
-        """Multiply free scores by `[channel]` factors per layer."""
-        ...
-
-    def lower(self, removed: list[Tensor]) -> None:
-        """Let free scores of channels `[channel]` per layer be below all others."""
         ...
 
     def restrict(self, kept: list[Tensor]) -> None:
@@ -130,12 +123,6 @@ class StaticPredictor(nn.Module):
             features[:, 1] = _relative(weight.flatten(1).norm(dim=1))
             if weight.grad is not None:
                 features[:, 2] = taylor(weight, weight.grad)
-
-    def absorb(self, factors: list[Tensor]) -> None:
-        """Nothing: the scores follow from the features, in which the sizes of channels are already."""
-
-    def lower(self, removed: list[Tensor]) -> None:
-        """Nothing: the scores follow from the features."""
 
     def restrict(self, kept: list[Tensor]) -> None:
         """Forget the channels that were cut away; `kept` holds the indices that stay, per layer."""

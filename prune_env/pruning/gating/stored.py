@@ -106,15 +106,11 @@ class StoredPart:
         Removed channels, and what stored ones read of them, stay as they were, but for their static scores: they have
         learned nothing, and rank below what has.
         """
-        whole, origins = self.whole.state_dict(), _origins(self.whole, self.decisions)
-        for name, values in self.small.state_dict().items():
+        values, origins = self.small.state_dict(), _origins(self.whole, self.decisions)
+        for name, tensor in self.whole.state_dict().items():
             if name in origins:
-                flat = (
-                    whole[name]
-                    .flatten()
-                    .index_copy(0, origins[name].to(whole[name].device), values.flatten().to(whole[name]))
-                )
-                whole[name].copy_(flat.view(whole[name].shape))
+                learned, where = values[name].flatten().to(tensor), origins[name].to(tensor.device)
+                tensor.copy_(tensor.flatten().index_copy(0, where, learned).view(tensor.shape))
         for layer, small, decision in zip(self.whole.layers, self.small.layers, self.decisions, strict=True):
             # What lost inputs, always zero, say to the predictor was part of the small layer's bias.
             if small.gate.in_features < layer.gate.in_features:
