@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from prune_env.pruning.engine import native
 from prune_env.pruning.engine.anatomy import Anatomy, Choice
+from prune_env.pruning.engine.flow import Flow
 from prune_env.pruning.engine.program import Program
-from prune_env.pruning.engine.steps import Flow, LayerStep
+from prune_env.pruning.engine.steps import LayerStep, PoolStep, poolable
 from prune_env.pruning.gating.layer import GatedLayer
 from prune_env.pruning.gating.tradeoff import decide_static
 from tests.env.deployed_networks import deployed
@@ -143,6 +144,35 @@ def test_few_channels_take_less_time() -> None:
     assert min(seconds(few) for _ in range(15)) < 0.5 * min(seconds(every) for _ in range(15))
 
 
+@st.composite
+def pools(draw: st.DrawFn) -> nn.MaxPool2d:
+    """A maximum over windows, of any shape."""
+    size = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    stride = draw(st.none() | st.integers(1, 3) | st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    return nn.MaxPool2d(size, stride, tuple(draw(st.integers(0, n // 2)) for n in size))
+
+
+@given(pools(), st.integers(1, 70), st.integers(4, 9), st.integers(4, 9), st.booleans())
+def test_it_pools_as_torch_does(module: nn.MaxPool2d, channels: int, height: int, width: int, laid_out: bool) -> None:
+    x = torch.randn(1, channels, height, width)
+    x[0, 0, 1, 2] = torch.nan
+    x = x.contiguous(memory_format=torch.channels_last) if laid_out else x
+    assert poolable(module)
+    torch.testing.assert_close(PoolStep(module, flow())(x), module(x), atol=0, rtol=0, equal_nan=True)
+    mean = nn.AdaptiveAvgPool2d(1)
+    torch.testing.assert_close(PoolStep(mean, flow())(x), mean(x), equal_nan=True)
+
+
+def test_other_pools_are_left_to_torch() -> None:
+    others = (nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2), nn.MaxPool2d(2, return_indices=True),
+              nn.AdaptiveAvgPool2d(2), nn.AdaptiveAvgPool2d((1, None)), nn.AvgPool2d(2), nn.Identity())  # fmt: skip
+    assert not any(map(poolable, others))
+    x = torch.randn(3, 4, 4)
+    assert torch.equal(PoolStep(nn.MaxPool2d(2), flow())(x), nn.MaxPool2d(2)(x))
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        PoolStep(nn.MaxPool2d(5), flow())(x[None])
+
+
 @given(st.data())
 def test_it_chooses_as_the_trade_off_does(data: st.DataObject) -> None:
     """Scores that tie, infinite ones and NaN included, with what a static decision has left."""
@@ -151,8 +181,6 @@ def test_it_chooses_as_the_trade_off_does(data: st.DataObject) -> None:
     values = kinds if data.draw(st.booleans()) else st.floats(-2, 2, width=32)
     runtime, static = (torch.tensor(data.draw(st.lists(v, min_size=channels, max_size=channels)))
                        for v in (values, st.integers(-3, 3).map(float)))  # fmt: skip
-    if runtime.isnan().any():  # torch sorts it in front of infinity, the kernel beside it
-        runtime = runtime.nan_to_num(torch.nan, 3.0, -3.0)
     trust, keep = data.draw(st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0])), data.draw(st.floats(0.01, 1))
     decision = decide_static(static, data.draw(st.floats(0.01, 1)), trust)
     kept, layer = decision.kept, GatedLayer(nn.Linear(1, len(decision.kept), bias=False), None).eval()

@@ -65,6 +65,9 @@ class DeployedNetwork(Anatomy):
         if program is None or (len(x) > 1 and self.constant):
             return run_grouped(self, x)
         with torch.inference_mode():
+            if len(x) == 1:
+                outputs, counts = program.run(x)
+                return outputs, counts[None]
             outputs, counts = zip(*(program.run(one) for one in x.split(1)), strict=True)
             return torch.cat(outputs), torch.stack(counts)
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("kernel.c")
+FOLDER = Path(__file__).with_name("kernel")
+HEADER, SOURCES = FOLDER / "layer.h", tuple(FOLDER / name for name in ("decide.c", "convolve.c", "pool.c"))
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
 THREADED = "-fopenmp"
 SECONDS = 120
@@ -34,7 +35,7 @@ SWITCH = "PRUNE_ENV_NATIVE"
 
 
 class Layer(Structure):
-    """`Layer` of kernel.c."""
+    """`Layer` of layer.h."""
 
     _fields_ = [
         *((name, c_int) for name in ("inputs", "outputs")),
@@ -45,7 +46,7 @@ class Layer(Structure):
 
 
 class Gate(Structure):
-    """`Gate` of kernel.c."""
+    """`Gate` of decide.c."""
 
     _fields_ = [
         *((name, c_int) for name in ("full", "rectify")),
@@ -55,7 +56,7 @@ class Gate(Structure):
 
 
 class Policy(Structure):
-    """`Policy` of kernel.c."""
+    """`Policy` of decide.c."""
 
     _fields_ = [
         ("hidden", c_int),
@@ -68,7 +69,7 @@ class Policy(Structure):
 
 
 class Seat(Structure):
-    """`Seat` of kernel.c."""
+    """`Seat` of decide.c."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("pooled", "runtime", "encoder_bias", "recurrent_bias")),
@@ -79,7 +80,7 @@ class Seat(Structure):
 
 
 class Memory(Structure):
-    """`Memory` of kernel.c."""
+    """`Memory` of decide.c."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("hidden", "cell", "first", "second")),
@@ -127,13 +128,16 @@ def _declare(library: ctypes.CDLL) -> None:
     library.decide.restype = c_int
     library.decide.argtypes = [
         POINTER(Layer), POINTER(Gate), pointer, pointer, pointer, pointer, number, pointer, number,
-        pointer, pointer, pointer, pointer, pointer,
+        pointer, pointer, pointer, pointer, pointer, number,
     ]  # fmt: skip
     library.convolve.restype = None
     library.convolve.argtypes = [
         POINTER(Layer), pointer, number, number, number, pointer, pointer, number, pointer, number,
         pointer, pointer, pointer, pointer, number,
     ]  # fmt: skip
+    library.pool_largest.restype = library.pool_mean.restype = None
+    library.pool_largest.argtypes = [pointer, *(number,) * 3, *(pointer,) * 3, number, number, pointer]
+    library.pool_mean.argtypes = [pointer, number, number, pointer]
     library.convolve_space.restype = c_long
     library.convolve_space.argtypes = [POINTER(Layer), number, number]
 
@@ -149,7 +153,9 @@ def _built(flags: tuple[str, ...]) -> Path:
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise OSError("no C compiler")
-    key = hashlib.sha256(SOURCE.read_bytes())
+    key = hashlib.sha256(HEADER.read_bytes())
+    for source in SOURCES:
+        key.update(source.read_bytes())
     for fact in (*flags, compiler, platform.machine(), _processor(), torch.__version__):
         key.update(fact.encode() + b"\0")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prune_env"
@@ -158,9 +164,13 @@ def _built(flags: tuple[str, ...]) -> Path:
         return library
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as draft:
-        made, linked = Path(draft) / "kernel.o", Path(draft) / "kernel.so"
+        made, linked = [Path(draft) / f"{source.stem}.o" for source in SOURCES], Path(draft) / "kernel.so"
+        commands = [
+            ("-c", str(source), "-o", str(target), *flags) for source, target in zip(SOURCES, made, strict=True)
+        ]
         # Linked without the compiler's own OpenMP: a second pool of threads would stall torch's.
-        for command in (("-c", str(SOURCE), "-o", str(made), *flags), ("-shared", str(made), "-o", str(linked), "-lm")):
+        commands.append(("-shared", *map(str, made), "-o", str(linked), "-lm"))
+        for command in commands:
             subprocess.run((compiler, *command), check=True, capture_output=True, timeout=SECONDS)
         os.replace(linked, library)
     return library

@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from prune_env.pruning.engine.anatomy import Anatomy
+from prune_env.pruning.engine.flow import Flow, Reader
 from prune_env.pruning.engine.native import kernel
-from prune_env.pruning.engine.steps import Flow, GateStep, LayerStep, Reader, runnable
+from prune_env.pruning.engine.steps import GateStep, LayerStep, PoolStep, poolable, runnable
 from prune_env.pruning.gating.layer import GatedLayer
 from prune_env.pruning.gating.walk import unrolled
 from prune_env.pruning.surgery import BATCH_NORMS
@@ -133,6 +134,8 @@ class Program:
             self._gate(node, called)
         elif runnable(called):
             self._layer(node, called)
+        elif poolable(called) and len(node.args) == 1 and not node.kwargs:
+            self._place(node, node, PoolStep(called, self.flow))
         else:
             self._torch(node)
 
@@ -196,7 +199,7 @@ class Program:
         self._turns.append(at)
         self._place(node, last, step)
 
-    def _place(self, node: fx.Node, last: fx.Node, step: LayerStep) -> None:
+    def _place(self, node: fx.Node, last: fx.Node, step: Callable[[Tensor], Tensor]) -> None:
         source, target = self._slot(node.args[0]), self._slot(last)
         while node is not last:
             self._slots[node] = target

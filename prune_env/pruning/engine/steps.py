@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from ctypes import byref
+from ctypes import byref, c_int
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 
 from prune_env.pruning.engine import native
-from prune_env.pruning.engine.anatomy import Anatomy, Choice
+from prune_env.pruning.engine.flow import Flow, Reader, positions_of
 from prune_env.pruning.gating.layer import GatedLayer, RectifiedLinear
 
 BLOCK = 64
-"""Outputs that lie together in a weight: `BLOCK` of kernel.c."""
+"""Outputs that lie together in a weight: `BLOCK` of layer.h."""
 
 MOST = 2**31
 """Numbers of workspace that the kernel's integers can tell apart."""
@@ -29,111 +28,48 @@ def runnable(module: Any) -> bool:
     return plain and not isinstance(module.padding, str)
 
 
-class Reader:
-    """Which inputs of a layer are channels of gated layers."""
-
-    def __init__(self) -> None:
-        self.parts: list[tuple[int, np.ndarray | None, np.ndarray | None]] = []
-
-    def add(self, layer: int, index: tuple[int, ...] | None, unit: tuple[int, ...] | None) -> None:
-        """Positions `index` belong to channels `unit` of a gated layer; None for one by one."""
-        pair = (None, None) if index is None else (np.array(index), np.array(unit))
-        self.parts.append((layer, *pair))
-
-    def only(self, layer: int, width: int) -> bool:
-        """Whether the whole input is the channels of this gated layer, in their order."""
-        (first, index, unit), *others = self.parts
-        if others or first != layer:
-            return False
-        return index is None or np.array_equal(_positions(index, unit).ravel(), np.arange(width))
+def poolable(module: Any) -> bool:
+    """Whether the kernel can pool as a module does: by the largest value of windows, or by the mean of the map."""
+    if type(module) is nn.AdaptiveAvgPool2d:
+        return module.output_size in (1, (1, 1))
+    return type(module) is nn.MaxPool2d and not (
+        module.ceil_mode or module.return_indices or _pair(module.dilation) != (1, 1)
+    )
 
 
-class Flow:
-    """What goes from step to step beside the maps: who is active, and what the policy remembers.
+class PoolStep:
+    """Pooling of whatever channels the map holds.
 
     Args:
-        deployed: The network that runs.
+        module: What `poolable` accepts.
+        flow: What goes along with the maps.
     """
 
-    def __init__(self, deployed: Anatomy) -> None:
-        # Not the network itself: its program lives as long as it does, and must not keep it alive.
-        self.choices, self.costs, self.kernel = list(deployed.choices), deployed.costs, native.kernel()
-        widths = [layer.channels for layer in deployed.layers]
-        self.active = [torch.zeros(width, dtype=torch.int32) for width in widths]
-        self.pointers = [active.data_ptr() for active in self.active]
-        self.kept = [0] * len(widths)
-        self.whole = [False] * len(widths)
-        self.threads = 1
-        self._space, self._room = torch.zeros(0), 0
-        self._tensors: list[Tensor] = []
-        self.learned, self.policy, self.memory = deployed.policy, None, None
-        if self.learned is not None:
-            self.policy, self.memory = self._policy(), self._memory()
+    def __init__(self, module: nn.Module, flow: Flow) -> None:
+        self.module, self.kernel, self.windows = module, flow.kernel, isinstance(module, nn.MaxPool2d)
+        if self.windows:
+            self.size, self.padding = _pair(module.kernel_size), _pair(module.padding)
+            self.stride = self.size if module.stride is None else _pair(module.stride)
+            self._sizes = [(c_int * 2)(*pair) for pair in (self.size, self.stride, self.padding)]
 
-    def begin(self, threads: int) -> None:
-        """A new input."""
-        self.threads = threads
-        if self.policy is not None:
-            self.kernel.begin(byref(self.policy), byref(self.memory))
-
-    def counts(self) -> Int64[Tensor, " layer"]:
-        """Active channels of each gated layer."""
-        return torch.tensor(self.kept)
-
-    def space(self, room: int) -> int:
-        """Address of a workspace with so many numbers for each thread."""
-        if room * self.threads > self._room:
-            self._room = room * self.threads
-            self._space = torch.zeros(self._room)
-        return self._space.data_ptr()
-
-    def pin(self, values: Tensor, dtype: torch.dtype = torch.float32) -> int:
-        """Address of a copy that lives as long as the program."""
-        values = values.detach().to(dtype).contiguous()
-        self._tensors.append(native.paged(values) if values.nbytes >= native.HUGE_PAGE // 2 else values.clone())
-        return self._tensors[-1].data_ptr()
-
-    def _policy(self) -> native.Policy:
-        policy, costs = self.learned, self.costs
-        names = ("recurrent", "encoded", "spent", "previous", "head")
-        return native.Policy(
-            hidden=len(policy.head),
-            **{name: self.pin(getattr(policy, name)) for name in names},
-            head_bias=policy.head_bias,
-            least=policy.least,
-            dense_macs=costs.dense_macs,
-            spent_first=float(costs.macs([])) / costs.dense_macs,
-            terms=len(costs.weight),
-            weight=self.pin(costs.weight, torch.float64),
-            first=self.pin(costs.offset[0], torch.float64),
-            second=self.pin(costs.offset[1], torch.float64),
-        )
-
-    def _memory(self) -> native.Memory:
-        hidden, terms = torch.zeros(len(self.learned.head)), self.costs.offset[0]
-        return native.Memory(
-            hidden=self.pin(hidden),
-            cell=self.pin(hidden),
-            first=self.pin(terms, torch.float64),
-            second=self.pin(terms, torch.float64),
-        )
-
-    def seat(self, at: int) -> native.Seat:
-        """The policy's place in front of a gated layer."""
-        seat, costs = self.learned.seats[at], self.costs
-        names = ("pooled", "runtime", "encoder_bias", "recurrent_bias")
-        (pooled_mean, pooled_factor), (runtime_mean, runtime_factor) = seat.sees
-        return native.Seat(
-            **{name: self.pin(getattr(seat, name)) for name in names},
-            pooled_mean=pooled_mean,
-            pooled_factor=pooled_factor,
-            runtime_mean=runtime_mean,
-            runtime_factor=runtime_factor,
-            even=seat.even,
-            constant_macs=float(costs.constant[at + 1]),
-            first=self.pin(costs.slope[0, at], torch.float64),
-            second=self.pin(costs.slope[1, at], torch.float64),
-        )
+    def __call__(self, x: Tensor) -> Tensor:
+        """The smaller map."""
+        if x.dim() != 4 or x.dtype != torch.float32:
+            return self.module(x)
+        _, channels, *extent = x.shape
+        if not self.windows:
+            x, y = x.contiguous(memory_format=torch.channels_last), torch.empty(1, channels, 1, 1)
+            self.kernel.pool_mean(x.data_ptr(), extent[0] * extent[1], channels, y.data_ptr())
+            return y
+        size = [
+            (n + 2 * p - k) // s + 1 for n, k, s, p in zip(extent, self.size, self.stride, self.padding, strict=True)
+        ]
+        if min(size) < 1:
+            return self.module(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        y = torch.empty((1, channels, *size), memory_format=torch.channels_last)
+        self.kernel.pool_largest(x.data_ptr(), *extent, channels, *self._sizes, *size, y.data_ptr())
+        return y
 
 
 class LayerStep:
@@ -146,6 +82,10 @@ class LayerStep:
         rectify: Whether a rectifier follows, folded in.
         reader: Which inputs are channels of gated layers.
         columns: The output that each column of the laid out weight is; None for their own order.
+
+    Attributes:
+        order: The input that each row of the laid out weight is: where one gated layer alone is read, the order of its
+            columns, so that active rows follow each other in memory. None for their own order.
     """
 
     def __init__(
@@ -160,7 +100,10 @@ class LayerStep:
     ) -> None:
         self.flow, self.kernel, self.linear = flow, flow.kernel, isinstance(module, nn.Linear)
         weight = module.weight.detach().float()
+        self._before = None if reader is None else reader.alone(flow)
+        self.order = None if self._before is None else flow.order[self._before]
         weight = weight if columns is None else weight[columns]
+        weight = weight if self.order is None else weight[:, self.order]
         outputs, inputs = weight.shape[:2]
         blocks = -(-outputs // BLOCK)
         rows = torch.zeros(weight[0, 0].numel(), inputs, blocks * BLOCK)
@@ -198,10 +141,10 @@ class LayerStep:
         held = x.shape[-1 if self.linear else 1]
         if self._whole:
             return None, None, self._checked(held, self.layer.inputs), held
-        flow, (layer, index, _) = self.flow, self.reader.parts[0]
+        flow, (layer, *_) = self.flow, self.reader.parts[0]
+        if self.order is not None:
+            return None, flow.columns[layer].data_ptr(), self._checked(held, flow.kept[layer]), held
         if not flow.whole[layer]:
-            if index is None:
-                return None, flow.pointers[layer], self._checked(held, flow.kept[layer]), held
             kept = self._tables[layer][flow.active[layer].numpy()[: flow.kept[layer]]].ravel()
             self._read[: self._checked(held, len(kept))] = kept
             return None, self._read.ctypes.data, held, held
@@ -268,14 +211,12 @@ class GateStep(LayerStep):
 
     def __init__(self, gated: GatedLayer, flow: Flow, at: int, *, rectify: bool, reader: Reader | None) -> None:
         norm = gated.norm if isinstance(gated.norm, nn.Module) and not isinstance(gated.norm, nn.Identity) else None
-        # Channels of the highest expected score first: what is seldom active lies together, and is seldom read.
-        columns = gated.gate.bias.detach().argsort(descending=True)
-        super().__init__(gated.producer, flow, norm=norm, rectify=rectify, reader=reader, columns=columns)
-        self.at, choice = at, flow.choices[at]
-        self.gate = _gate(gated, choice, flow, columns)
-        self.columns = torch.zeros(self.outputs, dtype=torch.int32)
-        self.chosen = self.columns.data_ptr()
-        self.seat = None if flow.policy is None else byref(flow.seat(at))
+        super().__init__(gated.producer, flow, norm=norm, rectify=rectify, reader=reader, columns=flow.order[at])
+        self.at = at
+        self._thinks = 2 * self.layer.inputs + self.outputs + BLOCK
+        self.gate = _gate(gated, flow, at, self.order)
+        self.active, self.chosen = flow.active[at].data_ptr(), flow.columns[at].data_ptr()
+        self.seat = None if flow.policy is None else byref(flow.seat(at, self.order))
         self.factors = torch.zeros(2, self.outputs)
         self.scale, self.shift = (row.data_ptr() for row in self.factors)
 
@@ -299,7 +240,7 @@ class GateStep(LayerStep):
         read, seen = (None, held) if source is not None else (inputs, channels)
         kept = self.kernel.decide(
             self.reference, byref(self.gate), policy, self.seat, memory, x.data_ptr(), height * width, read, seen,
-            flow.pointers[at], self.chosen, self.scale, self.shift, flow.space(2 * self.layer.inputs + self.outputs),
+            self.active, self.chosen, self.scale, self.shift, flow.space(self._thinks), flow.threads,
         )  # fmt: skip
         flow.kept[at] = kept
         y = self._convolve(x, height, width, source, inputs, channels, held, self.chosen, kept, self.scale, self.shift)
@@ -312,20 +253,21 @@ class GateStep(LayerStep):
         return full.index_copy_(axis, flow.active[at][:kept].long(), y)
 
 
-def _gate(gated: GatedLayer, choice: Choice, flow: Flow, columns: Tensor) -> native.Gate:
+def _gate(gated: GatedLayer, flow: Flow, at: int, order: Tensor | None) -> native.Gate:
+    choice = flow.choices[at]
     # Lowest static score first; of equal ones the higher index, as in the trade-off's order turned round.
     behind = choice.score.argsort(descending=True, stable=True).flip(0)
     weight, bias = gated.predictor()
     return native.Gate(
         full=choice.full,
         rectify=int(isinstance(gated.gate, RectifiedLinear)),
-        weight=flow.pin(weight.t()),
+        weight=flow.pin(weight.t() if order is None else weight.t()[order]),
         bias=flow.pin(bias),
         shift=flow.pin(gated.shift),
         score=flow.pin(choice.score),
         doubted=flow.pin(choice.doubted, torch.uint8),
         behind=flow.pin(behind, torch.int32),
-        column=flow.pin(columns, torch.int32),
+        column=flow.pin(flow.order[at], torch.int32),
         trust=choice.trust,
         keep=choice.keep,
     )
@@ -346,6 +288,10 @@ def _folded(module: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
     return scale.float(), shift.float()
 
 
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
 def _sizes(module: nn.Conv2d) -> tuple[tuple[int, int], ...]:
     return tuple((int(pair[0]), int(pair[1])) for pair in (
         module.kernel_size, module.stride, module.padding, module.dilation,
@@ -355,11 +301,4 @@ def _sizes(module: nn.Conv2d) -> tuple[tuple[int, int], ...]:
 def _tables(reader: Reader) -> dict[int, np.ndarray]:
     """Gated layer -> `[channel, position]` of the inputs that are its channels, where they are not one by one."""
     parts = ((layer, index, unit) for layer, index, unit in reader.parts if index is not None)
-    return {layer: _positions(index, unit) for layer, index, unit in parts}
-
-
-def _positions(index: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """`[channel, position]`; empty unless each channel has as many positions as the others, side by side."""
-    each = max(1, len(unit) // (unit.max() + 1))
-    alike = np.array_equal(unit, np.arange(len(unit)) // each)
-    return (index.reshape(-1, each) if alike else index[:0]).astype(np.int32)
+    return {layer: positions_of(index, unit) for layer, index, unit in parts}
