@@ -106,8 +106,8 @@ class LayerStep:
         weight = weight if self.order is None else weight[:, self.order]
         outputs, inputs = weight.shape[:2]
         blocks = -(-outputs // BLOCK)
-        rows = torch.zeros(weight[0, 0].numel(), inputs, blocks * BLOCK)
-        rows[..., :outputs] = weight.flatten(2).permute(2, 1, 0) if weight.dim() > 2 else weight.t()[None]
+        rows = torch.zeros(inputs, weight[0, 0].numel(), blocks * BLOCK)
+        rows[..., :outputs] = weight.flatten(2).permute(1, 2, 0) if weight.dim() > 2 else weight.t()[:, None]
         rows = rows.unflatten(2, (blocks, BLOCK)).permute(2, 0, 1, 3)
         scale, shift = _folded(module, norm)
         sizes = ((1, 1), (1, 1), (0, 0), (1, 1)) if self.linear else _sizes(module)

@@ -5,6 +5,8 @@
 #define PACKING LANES /* what packing a number costs, in positions */
 #define LEAST_SHARED 2e5 /* multiply-accumulates that are worth a second thread */
 #define ROWS 6 /* positions in a tile of COLUMNS vectors: together they fill the registers */
+#define FEW 16 /* positions for which a weight is read once, or little more */
+#define AHEAD 2 /* inputs */
 #define MOST 12 /* positions in a tile of fewer vectors */
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -55,21 +57,44 @@ static inline __attribute__((always_inline)) void finish(const Job *job, const v
 #endif
 }
 
-/* One tile: M x N vectors of sums stay in registers while inputs and taps go by. */
+/* One tile: M x N vectors of sums stay in registers while inputs and taps go by. `resident` goes through the inputs of
+   one tap after the other; `streamed`, for maps so small that the weight is read once, through the taps of one input
+   after the other, as they lie in memory, and asks for the next inputs in time: no prefetcher knows which those are. */
+#define MULTIPLY(M, N)                                                                                     \
+    do {                                                                                                   \
+        vec b[N];                                                                                          \
+        for (int v = 0; v < N; v++) b[v] = *(const vec *)(row + v * LANES);                                \
+        for (int m = 0; m < M; m++)                                                                        \
+            for (int v = 0; v < N; v++) sum[m * N + v] += a[m][i] * b[v];                                  \
+    } while (0)
 #define TILE(M, N)                                                                                         \
-    static void tile_##M##_##N(const Job *job, const float *weights, const int *from, int position)        \
+    static void resident_##M##_##N(const Job *job, const float *weights, const int *from, int position)    \
     {                                                                                                      \
         vec sum[M * N];                                                                                    \
         for (int s = 0; s < M * N; s++) sum[s] = (vec){0};                                                 \
         for (int k = 0; k < job->kernels; k++) {                                                           \
-            const float *weight = weights + k * job->tap, *a[M];                                          \
+            const float *weight = weights + k * job->tap, *a[M];                                           \
             for (int m = 0; m < M; m++) a[m] = job->x + from[m] + job->taps[k];                            \
             for (int i = 0; i < job->channels; i++) {                                                      \
                 const float *row = weight + job->rows[i];                                                  \
-                vec b[N];                                                                                  \
-                for (int v = 0; v < N; v++) b[v] = *(const vec *)(row + v * LANES);                        \
-                for (int m = 0; m < M; m++)                                                                \
-                    for (int v = 0; v < N; v++) sum[m * N + v] += a[m][i] * b[v];                          \
+                MULTIPLY(M, N);                                                                            \
+            }                                                                                              \
+        }                                                                                                  \
+        finish(job, sum, M, N, position);                                                                  \
+    }                                                                                                      \
+    static void streamed_##M##_##N(const Job *job, const float *weights, const int *from, int position)    \
+    {                                                                                                      \
+        vec sum[M * N];                                                                                    \
+        const float *x[M], *a[M];                                                                          \
+        for (int m = 0; m < M; m++) x[m] = job->x + from[m];                                               \
+        for (int s = 0; s < M * N; s++) sum[s] = (vec){0};                                                 \
+        for (int i = 0; i < job->channels; i++) {                                                          \
+            const float *row = weights + job->rows[i];                                                     \
+            const float *next = weights + job->rows[i + AHEAD < job->channels ? i + AHEAD : i];            \
+            for (int k = 0; k < job->kernels; k++, row += job->tap, next += job->tap) {                    \
+                for (int v = 0; v < N; v++) __builtin_prefetch(next + v * LANES);                          \
+                for (int m = 0; m < M; m++) a[m] = x[m] + job->taps[k];                                    \
+                MULTIPLY(M, N);                                                                            \
             }                                                                                              \
         }                                                                                                  \
         finish(job, sum, M, N, position);                                                                  \
@@ -83,24 +108,21 @@ typedef void (*Tile)(const Job *, const float *, const int *, int);
 #define WIDE(M) TILE(M, 3) TILE(M, 4)
 WIDE(6) WIDE(4) WIDE(2) WIDE(1)
 TILE(12, 2) TILE(8, 3)
-#define ENTRY(M) { tile_##M##_1, tile_##M##_2, tile_##M##_3, tile_##M##_4 }
-static const Tile TILE_OF[MOST + 1][COLUMNS] = {
-    [1] = ENTRY(1), [2] = ENTRY(2), [4] = ENTRY(4), [6] = ENTRY(6),
-    [8] = { NULL, NULL, tile_8_3, NULL }, [12] = { tile_12_1, tile_12_2, NULL, NULL },
-};
+#define ENTRY(KIND, M) [M] = { KIND##_##M##_1, KIND##_##M##_2, KIND##_##M##_3, KIND##_##M##_4 }
+#define TALL(KIND) [8] = { NULL, NULL, KIND##_8_3, NULL }, [12] = { KIND##_12_1, KIND##_12_2, NULL, NULL }
 #else
-#define ENTRY(M) { tile_##M##_1, tile_##M##_2 }
-static const Tile TILE_OF[MOST + 1][COLUMNS] = {
-    [1] = ENTRY(1), [2] = ENTRY(2), [4] = ENTRY(4), [6] = ENTRY(6), [12] = { tile_12_1, NULL },
-};
+#define ENTRY(KIND, M) [M] = { KIND##_##M##_1, KIND##_##M##_2 }
+#define TALL(KIND) [12] = { KIND##_12_1, NULL }
 #endif
+#define ENTRIES(KIND) { ENTRY(KIND, 1), ENTRY(KIND, 2), ENTRY(KIND, 4), ENTRY(KIND, 6), TALL(KIND) }
+static const Tile RESIDENT[MOST + 1][COLUMNS] = ENTRIES(resident), STREAMED[MOST + 1][COLUMNS] = ENTRIES(streamed);
 
 /* How many positions the next tile of so many vectors takes. */
 static int height_of(int left, int vectors)
 {
     static const int HEIGHTS[] = { 12, 8, 6, 4, 2, 1 };
     int h = 0;
-    while (HEIGHTS[h] > left || !TILE_OF[HEIGHTS[h]][vectors - 1]) h++;
+    while (HEIGHTS[h] > left || !RESIDENT[HEIGHTS[h]][vectors - 1]) h++;
     return HEIGHTS[h];
 }
 
@@ -162,10 +184,13 @@ static void pack(const Task *t, float *packed, int from, int to, int row)
         __mmask16 wanted[BLOCK / LANES] = {0};
         for (int j = 0; j < n; j++) wanted[chosen[j] % BLOCK / LANES] |= 1u << chosen[j] % LANES;
 #endif
-        float *out = packed;
-        for (int k = 0; k < taps; k++)
-            for (int i = 0; i < t->channels; i++, out += row) {
-                const float *in = weight + ((ptrdiff_t)k * l->inputs + (t->inputs ? t->inputs[i] : i)) * BLOCK;
+        for (int i = 0; i < t->channels; i++) {
+            int ahead = i + AHEAD < t->channels ? i + AHEAD : i;
+            const float *in = weight + (ptrdiff_t)(t->inputs ? t->inputs[i] : i) * taps * BLOCK;
+            const float *next = weight + (ptrdiff_t)(t->inputs ? t->inputs[ahead] : ahead) * taps * BLOCK;
+            for (int k = 0; k < taps; k++, in += BLOCK, next += BLOCK) {
+                float *out = packed + ((ptrdiff_t)k * t->channels + i) * row;
+                for (int v = 0; v < BLOCK; v += LANES) __builtin_prefetch(next + v);
 #if defined(__AVX512F__)
                 float *to_ = out;
                 for (int v = 0; v < BLOCK / LANES; v++) {
@@ -179,6 +204,7 @@ static void pack(const Task *t, float *packed, int from, int to, int row)
                 for (int j = 0; j < n; j++) out[j] = in[chosen[j] % BLOCK];
 #endif
             }
+        }
     }
 }
 
@@ -199,13 +225,14 @@ static void take(Job *job, const int *chosen, int first, int limit, int column, 
 static void sweep(const Task *t, const Job *job, const float *weights, int vectors, int start, int end)
 {
     const Layer *l = t->layer;
+    int streams = !t->packs && end - start <= FEW;
     while (vectors > 1 && !job->wanted[vectors - 1]) vectors--;
     for (int p = start, n; p < end; p += n) {
         int at[MOST];
         n = height_of(end - p, vectors);
         for (int m = 0; m < n; m++)
             at[m] = ((p + m) / t->out_wide * l->stride[0] * t->wide + (p + m) % t->out_wide * l->stride[1]) * t->channels;
-        TILE_OF[n][vectors - 1](job, weights, at, p);
+        (streams ? STREAMED : RESIDENT)[n][vectors - 1](job, weights, at, p);
     }
 }
 
@@ -242,8 +269,8 @@ static void work(const Task *t, float *space, int start, int end, int from, int 
         }
         return;
     }
-    job.tap = (ptrdiff_t)l->inputs * BLOCK;
-    for (int i = 0; i < t->channels; i++) rows[i] = (t->inputs ? t->inputs[i] : i) * BLOCK;
+    job.tap = BLOCK;
+    for (int i = 0; i < t->channels; i++) rows[i] = (t->inputs ? t->inputs[i] : i) * taps * BLOCK;
     for (int first = from; first < to; first += job.count) {
         /* From the vector of the first output to the end of the block: what is not active there is computed, too. */
         int column = (t->chosen ? t->chosen[first] : first) / LANES * LANES, left = (BLOCK - column % BLOCK) / LANES;

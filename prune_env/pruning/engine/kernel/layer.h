@@ -1,7 +1,7 @@
 /* What the functions of the kernel share: one input of a deployed gated network, in float32.
  *
  * Maps are [position][channel] (channels_last) and hold only the channels that are active. A weight is stored as
- * [block][tap][input][BLOCK outputs]: what one tile needs lies together, and a large layer is read as a stream. Three
+ * [block][input][tap][BLOCK outputs]: what one tile needs lies together, and a large layer is read as a stream. Three
  * functions are called from Python (native.py has the twins of the structs): `decide` chooses the active outputs of a
  * gated layer, `convolve` computes them from the active inputs, `pool` makes a map smaller. Nothing allocates memory;
  * callers pass a workspace, and answer for sizes: lengths that do not fit a layer are not noticed here.
@@ -30,7 +30,7 @@
 typedef struct {
     int inputs, outputs;   /* stored channels */
     int kernel[2], stride[2], padding[2], dilation[2];
-    const float *weight;   /* [block][tap][input][BLOCK] */
+    const float *weight;   /* [block][input][tap][BLOCK] */
     const float *scale;    /* [output] of the norm behind it, or ones */
     const float *shift;    /* [output] of the norm behind it or the bias, or zeros */
     int rectify;           /* a rectifier follows */
