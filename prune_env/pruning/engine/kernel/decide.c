@@ -58,13 +58,14 @@ typedef struct {
     double spent;            /* macs so far, as a share of the dense network's */
 } Memory;
 
-/* e^x to float32's precision; a polynomial, so that loops over it become vector code. */
+/* e^x to float32's precision; a polynomial without branches, so that loops over it become vector code. */
 static inline float power(float x)
 {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float whole = x * 1.44269504f;
-    int steps = (int)(whole + (whole < 0 ? -0.5f : 0.5f));
-    float r = x - (float)steps * 0.693359375f + (float)steps * 2.12194440e-4f;
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: what is left of a fraction is rounded away */
+    float steps = shifted - 12582912.0f;
+    float r = x - steps * 0.693359375f + steps * 2.12194440e-4f;
     float y = 1.9875691500e-4f;
     y = y * r + 1.3981999507e-3f;
     y = y * r + 8.3334519073e-3f;
@@ -72,7 +73,7 @@ static inline float power(float x)
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    union { int i; float f; } scale = { (steps + 127) << 23 };
+    union { int i; float f; } scale = { ((int)steps + 127) * (1 << 23) };
     return y * scale.f;
 }
 
