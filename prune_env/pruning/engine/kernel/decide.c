@@ -73,7 +73,7 @@ static inline float power(float x)
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    union { int i; float f; } scale = { ((int)steps + 127) * (1 << 23) };
+    union { unsigned i; float f; } scale = { (unsigned)((int)steps + 127) << 23 };
     return y * scale.f;
 }
 
