@@ -99,6 +99,19 @@ def test_it_chooses_the_same_channels(name: str) -> None:
 
 
 @compiling
+@pytest.mark.parametrize("name", ["chain", "wide"])
+def test_a_policy_sees_inputs_that_are_not_active_as_zeros(name: str) -> None:
+    """Which are something else than nothing, to a policy that takes their mean away."""
+    network, x = deployed(name, agent=True), inputs()
+    before = network.masked(x)[1]
+    for seat in network.policy.seats:
+        seat.sees = ((0.4, 1.5), (0.8, 0.7))
+    expected = network.masked(x)
+    assert not torch.equal(expected[1], before)
+    assert_same(one_by_one(network, x), expected)
+
+
+@compiling
 @pytest.mark.parametrize("name", ["chain", "residual", "joined", "kernels", "wide", "flat", "tokens"])
 def test_a_channel_that_is_not_active_is_not_read(name: str) -> None:
     """NaN in all weights that belong to it, except the predictors' (zero times NaN would be NaN)."""
