@@ -94,7 +94,7 @@ def test_a_run_killed_inside_a_stage_ends_as_if_it_had_not_been(
     equal(whole, ended(RuntimeLearner(task, CONFIG, tmp_path)))
 
 
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", [pytest.param(n, marks=[pytest.mark.slow] * (n in (0, 2))) for n in range(4)])
 def test_a_run_killed_just_after_a_stage_was_stored_ends_as_if_it_had_not_been(
     stage: int, task: Task, tmp_path: Path, whole: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

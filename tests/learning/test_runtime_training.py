@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from stable_baselines3.common.vec_env import VecCheckNan, VecEnv, VecMonitor
 
-from agents import evaluate, runtime_options, runtime_stages, runtime_train
+from agents import evaluate, runtime_evaluate, runtime_options, runtime_stages, runtime_train
 from agents.cli import BAD_INPUT, guarded
 from agents.runtime_agent import (
     AgentDecisions,
@@ -312,7 +312,8 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, after):
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
-def test_one_command_trains_and_reports(tmp_path, capsys):
+def test_one_command_trains_and_reports(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runtime_evaluate, "TIMED", 2)
     arguments = ["--epochs", "0", "--images-at-once", "16", "--static-batches", "4", "--threads", "1"]
     assert runtime_train.main([*arguments, "--runs", str(tmp_path)]) == 0
     said = capsys.readouterr().out
