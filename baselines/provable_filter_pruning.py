@@ -37,8 +37,8 @@ benchmarks.pfp_curve --task cifar10-resnet20 --weights FILE --out DIR --budgets 
     | .35 of params    | .281       | .281             | .296           | .252  | .233   | .346                  |
 
 So the sensitivities rank channels worse than their l1 norm here, and the allocation pays where few params are left.
-After two epochs of fine-tuning (the project's README has all rows) the order stays: half the macs, .883 uniform l1, .878
-global magnitude, .876 one epsilon with l1 ranking, .861 most sensitive; .35 of the macs, .856, .843, .848, .820.
+After two epochs of fine-tuning (README has all rows) the order stays: half the macs, .883 uniform l1, .878 global
+magnitude, .876 one epsilon with l1 ranking, .861 most sensitive; .35 of the macs, .856, .843, .848, .820.
 """
 
 from __future__ import annotations

@@ -247,6 +247,7 @@ TORCHVISION = {
 HEAVY = {
     "resnet50", "resnext50_32x4d", "wide_resnet50_2", "vgg11_bn", "vgg16", "alexnet", "densenet121", "googlenet",
     "inception_v3", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16", "mobilenet_v2", "mnasnet0_5",
+    "mobilenet_v3_small",
 }  # fmt: skip
 
 
