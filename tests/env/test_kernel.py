@@ -163,14 +163,23 @@ def test_it_pools_as_torch_does(module: nn.MaxPool2d, channels: int, height: int
     torch.testing.assert_close(PoolStep(mean, flow())(x), mean(x), equal_nan=True)
 
 
+def test_several_maps_at_once_are_refused() -> None:
+    step = LayerStep(nn.Conv2d(3, 4, 3), flow(), norm=None, rectify=False, reader=None)
+    with pytest.raises(ValueError, match="one map at a time; there are 2"):
+        step(torch.zeros(2, 3, 5, 5))
+
+
 def test_other_pools_are_left_to_torch() -> None:
     others = (nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2), nn.MaxPool2d(2, return_indices=True),
-              nn.AdaptiveAvgPool2d(2), nn.AdaptiveAvgPool2d((1, None)), nn.AvgPool2d(2), nn.Identity())  # fmt: skip
+              nn.MaxPool2d(2, padding=2), nn.AdaptiveAvgPool2d(2), nn.AdaptiveAvgPool2d((1, None)), nn.AvgPool2d(2),
+              nn.Identity())  # fmt: skip
     assert not any(map(poolable, others))
-    x = torch.randn(3, 4, 4)
-    assert torch.equal(PoolStep(nn.MaxPool2d(2), flow())(x), nn.MaxPool2d(2)(x))
+    for x in (torch.randn(3, 4, 4), torch.randn(2, 3, 4, 4)):
+        for module in (nn.MaxPool2d([2, 2]), nn.AdaptiveAvgPool2d(1)):
+            assert poolable(module)
+            assert torch.equal(PoolStep(module, flow())(x), module(x))
     with pytest.raises(RuntimeError, match="Output size is too small"):
-        PoolStep(nn.MaxPool2d(5), flow())(x[None])
+        PoolStep(nn.MaxPool2d(5), flow())(torch.randn(1, 3, 4, 4))
 
 
 @given(st.data())

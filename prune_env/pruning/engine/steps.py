@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import byref, c_int
 from typing import Any
 
@@ -32,9 +33,11 @@ def poolable(module: Any) -> bool:
     """Whether the kernel can pool as a module does: by the largest value of windows, or by the mean of the map."""
     if type(module) is nn.AdaptiveAvgPool2d:
         return module.output_size in (1, (1, 1))
-    return type(module) is nn.MaxPool2d and not (
-        module.ceil_mode or module.return_indices or _pair(module.dilation) != (1, 1)
-    )
+    if type(module) is not nn.MaxPool2d or module.ceil_mode or module.return_indices:
+        return False
+    # A window's padding that torch refuses is torch's to refuse.
+    fits = all(2 * p <= k for p, k in zip(_pair(module.padding), _pair(module.kernel_size), strict=True))
+    return fits and _pair(module.dilation) == (1, 1)
 
 
 class PoolStep:
@@ -54,7 +57,7 @@ class PoolStep:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The smaller map."""
-        if x.dim() != 4 or x.dtype != torch.float32:
+        if x.dim() != 4 or len(x) != 1 or x.dtype != torch.float32:
             return self.module(x)
         _, channels, *extent = x.shape
         if not self.windows:
@@ -100,8 +103,8 @@ class LayerStep:
     ) -> None:
         self.flow, self.kernel, self.linear = flow, flow.kernel, isinstance(module, nn.Linear)
         weight = module.weight.detach().float()
-        self._before = None if reader is None else reader.alone(flow)
-        self.order = None if self._before is None else flow.order[self._before]
+        before = None if reader is None else reader.alone(flow)
+        self.order = None if before is None else flow.order[before]
         weight = weight if columns is None else weight[columns]
         weight = weight if self.order is None else weight[:, self.order]
         outputs, inputs = weight.shape[:2]
@@ -134,6 +137,8 @@ class LayerStep:
             raise ValueError(f"the kernel reads float32; the map is {x.dtype}")
         if self.linear:
             return x.contiguous(), 1, x.numel() // x.shape[-1]
+        if len(x) != 1:
+            raise ValueError(f"the kernel convolves one map at a time; there are {len(x)}")
         return x.contiguous(memory_format=torch.channels_last), x.shape[2], x.shape[3]
 
     def _source(self, x: Tensor) -> tuple[int | None, int | None, int, int]:
@@ -288,8 +293,8 @@ def _folded(module: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
     return scale.float(), shift.float()
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return value if isinstance(value, tuple) else (value, value)
+def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def _sizes(module: nn.Conv2d) -> tuple[tuple[int, int], ...]:
