@@ -78,6 +78,9 @@ class TrainConfig:
     """Networks that are cut and measured."""
     warm_up: int | None = None
     """Episodes before the learner acts itself; a fifth of all by default."""
+    random_plans: int | None = None
+    """Random feasible plans of which the best is the row `random` of the report, each a measured network; as many as
+    episodes by default, 0 for no such row."""
     fine_tune_epochs: int = 0
     """Epochs of training for the uniform, random and learned network at the end."""
     fine_tune_lr: float = 0.05
@@ -103,7 +106,7 @@ class TrainConfig:
         self.check_algorithm()
         for name, least in (("episodes", 1), ("workers", 1), ("chunk", 1), ("fine_tune_epochs", 0)):
             check_integer(name, getattr(self, name), least=least)
-        for name, least in (("warm_up", 0), ("threads", 1)):
+        for name, least in (("warm_up", 0), ("random_plans", 0), ("threads", 1)):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least=least)
         if not 0 < self.fine_tune_lr < float("inf"):
@@ -148,6 +151,11 @@ class TrainConfig:
     def guided(self) -> int:
         """Episodes of the warm-up."""
         return min(self.episodes, max(self.episodes // 5, 1) if self.warm_up is None else self.warm_up)
+
+    @property
+    def drawn(self) -> int:
+        """Random plans of the report."""
+        return self.episodes if self.random_plans is None else self.random_plans
 
     @property
     def name(self) -> str:

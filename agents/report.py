@@ -69,9 +69,9 @@ class Reporter:
         self.run.add_row(name, row_of(measured, test) | {"counts": kept} | paid | facts)
 
     def random(self) -> Plan:
-        """The best of as many random feasible plans as the run has episodes, and its row."""
+        """The best of the random feasible plans that the run is told to draw, at least one, and its row."""
         case, rng = case_of(heuristics.RANDOM, self.problem), np.random.default_rng([self.config.seed, 1])
-        drawn = [plan_of(case, allocate.random(case.choices, rng)) for _ in range(self.config.episodes)]
+        drawn = [plan_of(case, allocate.random(case.choices, rng)) for _ in range(self.config.drawn)]
         if "random" in self.run.report:
             return drawn[self.run.report["random"]["episode"]]
         ranks = []
@@ -208,7 +208,7 @@ def _caption(config: TrainConfig, runs: list[tuple[TrainConfig, dict[str, Row]]]
     repair = "recalibrated" if config.recalibrate else "not recalibrated"
     learned = [report.get("learned", {}) for _, report in runs]
     found = "; ".join(f"episode {row.get('episode')}, {row.get('source')}" for row in learned)
-    random = f" random: best of {config.episodes} on the search split;" if "random" in runs[0][1] else ""
+    random = f" random: best of {config.drawn} on the search split;" if "random" in runs[0][1] else ""
     policy = "; policy: the agent's own last plan" if "policy" in runs[0][1] else ""
     return (
         f"seeds {seeds}{' (means)' if len(runs) > 1 else ''}; {config.importance} importance, {repair}, "

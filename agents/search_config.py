@@ -34,6 +34,8 @@ class SearchConfig(TrainConfig):
     """Not of a search, which learns nothing on the way."""
     warm_up: Suppress[int | None] = None
     """Not of a search."""
+    random_plans: Suppress[int | None] = None
+    """Not of a search: `random_search` is one."""
     workers: Suppress[int] = 1
     """Not of a search."""
     chunk: Suppress[int] = 1

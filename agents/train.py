@@ -144,10 +144,11 @@ def _search_and_report(parts: Parts, console: Console) -> None:
             reporter = Reporter(parts.task, problem, config, run, tell)
             reporter.dense()
             reporter.plan("uniform", plans["uniform"])
-            plans["random"] = reporter.random()
+            if config.drawn:
+                plans["random"] = reporter.random()
             reporter.plan("learned", plans["learned"], source=best.source, episode=best.number)
             reporter.plan("policy", policy)
-            tuned = {name: reporter.fine_tune(name, plans[name]) for name in FINE_TUNED}
+            tuned = {name: reporter.fine_tune(name, plans[name]) for name in FINE_TUNED if name in plans}
         rows = run.report
         write(run.path / "learning.png", plot.png(plot.learning_figure(problem, memory.episodes, rows)))
         uniform = tuple(problem.graph.counts(plans["uniform"]).tolist())

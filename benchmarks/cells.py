@@ -18,7 +18,7 @@ from prune_env.files import write
 
 COMMON = (
     "task", "weights", "epochs", "budget", "importance", "refit", "recalibrate", "calibration_images", "algorithm",
-    "shape", "episodes", "threads", "seed",
+    "shape", "episodes", "random_plans", "threads", "seed",
 )  # fmt: skip
 """Fields of a run that a table decides; the rest is a method's own."""
 

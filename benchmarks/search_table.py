@@ -114,7 +114,8 @@ class Settings:
         }
         if cell.method in OPTIMISERS:
             return SearchConfig(algorithm=cell.method, **common)
-        return TrainConfig.of(cell.method, **common)
+        # random search is a row of the table: no agent's report needs another
+        return TrainConfig.of(cell.method, random_plans=0, **common)
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell's run folder is: a run's own name says neither evaluations nor refit."""

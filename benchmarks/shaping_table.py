@@ -116,6 +116,7 @@ class Settings:
             episodes=self.episodes,
             threads=self.threads,
             seed=cell.seed,
+            random_plans=0,
             # AMC's presets may say otherwise of these
             importance=usual.importance,
             refit=usual.refit,

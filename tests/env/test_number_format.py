@@ -4,29 +4,47 @@ import pytest
 import torch
 from torch import nn
 
-from prune_env.number_format import CHOICES, autocast, fast_format, format_named, number_format
+from prune_env.number_format import CHOICES, CPU_QUESTIONS, autocast, fast_format, format_named, number_format
 
 LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(3, 2), nn.ReLU(), nn.BatchNorm1d(2))
 CONVOLUTIONAL = nn.Sequential(nn.Sequential(nn.ConvTranspose2d(3, 2, 1)), nn.Linear(2, 2))
 PHOTOS, DIGITS = torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 8, 8)
 
 
+AMX, INSTRUCTIONS = CPU_QUESTIONS
+
+
 @pytest.fixture
 def units(monkeypatch: pytest.MonkeyPatch):
-    """Says whether the CPU multiplies matrices of bfloat16."""
-    return lambda there: monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: there)
+    """Says whether the CPU multiplies in bfloat16, in matrix units and by instructions alone."""
+
+    def answer(there: bool, instructions: bool = False):
+        monkeypatch.setattr(torch.cpu, AMX, lambda: there)
+        monkeypatch.setattr(torch.cpu, INSTRUCTIONS, lambda: instructions)
+
+    return answer
 
 
-def test_a_lower_format_is_fast_only_where_the_cpu_has_units_for_it(units):
-    for there, fast in ((True, torch.bfloat16), (False, torch.float32)):
-        units(there)
-        assert fast_format("cpu") is fast
-        assert format_named("auto", "cpu") is fast
+@pytest.mark.parametrize(
+    ("answers", "fast"),
+    [
+        ((True, True), torch.bfloat16),
+        ((True, False), torch.bfloat16),
+        ((False, True), torch.bfloat16),
+        ((False, False), torch.float32),
+    ],
+)
+def test_a_lower_format_is_fast_only_where_the_cpu_multiplies_in_it(units, answers, fast):
+    units(*answers)
+    assert fast_format("cpu") is fast
+    assert format_named("auto", "cpu") is fast
     assert format_named("bfloat16", "cpu") is torch.bfloat16
 
 
-def test_a_torch_that_cannot_say_is_taken_for_one_without_units(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+@pytest.mark.parametrize("missing", CPU_QUESTIONS)
+def test_a_torch_that_cannot_say_is_taken_for_one_without(units, monkeypatch, missing):
+    units(False)
+    monkeypatch.delattr(torch.cpu, missing)
     assert fast_format("cpu") is torch.float32
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from prune_env.number_format import CPU_QUESTIONS
 from prune_env.tasks.networks import make_network
 from prune_env.tasks.training import Hook, TrainingDiverged, TrainSettings, train
 from prune_env.tasks.training.augmentation import augment
@@ -148,7 +149,8 @@ def test_a_training_stopped_at_any_step_resumes_to_the_same_network(split, tmp_p
 
 @pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
 def test_a_training_runs_in_the_number_format_that_is_fast_here(split, monkeypatch, fast):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast is torch.bfloat16)
+    for question in CPU_QUESTIONS:
+        monkeypatch.setattr(torch.cpu, question, lambda: fast is torch.bfloat16)
     seen = []
     hook = Hook(after_step=lambda state: seen.append(state.logits.dtype))
     train(Dropping(), split, settings=settings(epochs=1, dtype="auto"), hooks=[hook])

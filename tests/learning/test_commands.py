@@ -96,6 +96,16 @@ def test_an_existing_or_corrupt_run_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("asked", "drawn"), [(None, 2), (3, 3), (0, 0)])
+def test_the_report_draws_as_many_random_plans_as_it_is_told(asked: int | None, drawn: int, tmp_path: Path) -> None:
+    file = weights(tmp_path / "w.safetensors")
+    words = ["--weights", str(file), "--budget", "0.5", "--episodes", "2", "--threads", "1", "--runs", str(tmp_path)]
+    assert train.main([*words, *([] if asked is None else ["--random-plans", str(asked)])]) == 0
+    report = RunFolder.open(tmp_path / TrainConfig(budget=0.5).name).report
+    assert report.get("random", {"tried": 0})["tried"] == drawn
+    assert list(report) == ["dense", "uniform", *(["random"] if drawn else []), "learned", "policy"]
+
+
 def call(module: str, *arguments: object, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
