@@ -71,6 +71,8 @@ class Settings:
     """Task name."""
     weights: str | None = None
     """Weights of the task's network; none trains it or takes it from the cache."""
+    epochs: int | None = None
+    """Epochs of a training without weights; none takes the usual number."""
     out: Path = Path("runs/pfp_curve")
     """Folder of the rows, one small JSON file each."""
     budgets: tuple[float, ...] = (0.8, 0.65, 0.5, 0.35, 0.2)
@@ -176,7 +178,7 @@ def measure_missing(settings: Settings) -> None:
     ]
     if not missing:
         return
-    task = make_task(settings.task, weights=settings.weights)
+    task = make_task(settings.task, weights=settings.weights, epochs=settings.epochs)
     problem = make_problem(
         task, budget=1.0, importance=settings.importance, recalibrate=settings.recalibrate, refit=settings.refit
     )

@@ -26,11 +26,13 @@ from tests.methods.own_tasks import own_task
 
 KINDS = ("chain", "residual", "grouped", "depthwise")
 """A chain with a flatten, a residual stream, grouped convolutions, an inverted residual."""
+HARDEST = ("residual", "depthwise")
+"""Of which the fast suite has what the other two have in the slow one."""
 SELF_DECIDING = {"polarization", "scop_negative", "scop_fdr", "directional_pruning"}
 """Methods whose own ratios may be below any budget."""
 TRAINED = [name for name, method in METHODS.items() if method.prepare is not method_module.unprepared]
 PAIRS = [
-    pytest.param(kind, name, marks=[pytest.mark.slow] * (name in TRAINED and kind in ("chain", "grouped")))
+    pytest.param(kind, name, marks=[pytest.mark.slow] * (name in TRAINED and kind not in HARDEST))
     for kind in KINDS
     for name in METHODS
 ]
@@ -95,6 +97,9 @@ def test_a_budget_that_own_ratios_do_not_need_changes_nothing(method: str) -> No
     assert prune(method, task, budget=(1 + share) / 2, **PLAIN).plan == free.plan
 
 
+@pytest.mark.parametrize(
+    "task", [kind if kind in HARDEST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS], indirect=True
+)
 def test_a_budget_at_the_reachable_minimum_gives_the_smallest_network_and_less_is_refused(task: Task) -> None:
     graph = trace(task.network, task.example)
     least = int(graph.cost["macs"](np.ones(len(graph.groups), dtype=np.int64)))
