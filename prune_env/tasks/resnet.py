@@ -21,7 +21,9 @@ class ZeroPadShortcut(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d i j"]:
         """Half the resolution, `2 * padding` more channels."""
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
+        # Slices say the same, but their gradient loses channels_last: a step of training takes a tenth longer.
+        every_second = F.avg_pool2d(x, kernel_size=1, stride=2)
+        return F.pad(every_second, (0, 0, 0, 0, self.padding, self.padding))
 
 
 class ResidualBlock(nn.Module):
