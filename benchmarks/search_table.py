@@ -27,15 +27,12 @@ from baselines.search import OPTIMISERS
 from benchmarks.cells import COMMON, Record, finished, line, read, read_or_made, search_seconds, share_row
 from prune_env.checks import check_name
 
-REFERENCE = "random_search"
-"""What every other method is compared with, seed by seed."""
-
 RECORDED = ("task", "epochs", "budget", "importance", "refit", "recalibrate", "calibration_images", "seed")
 """Fields of a run that its record repeats under the same name."""
 
 HEADS = (
     "plan", "evaluations", "search accuracy, %", "test accuracy before fine-tuning, %", "95 % of its mean",
-    "against uniform", "macs", "the agent's last plan, test", "seconds a run", "own settings", "by seed",
+    "against uniform", "macs", "the agent's last plan, test", "seconds a run", "own settings", "found by", "by seed",
 )  # fmt: skip
 PAIRED_HEADS = ("method", "evaluations", "search, points", "test, points", "95 % of its mean", "by seed")
 
@@ -67,6 +64,8 @@ class Settings:
     """Networks that each run cuts and measures."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of splits, of dense trainings and of searches."""
+    against: str = "random_search"
+    """Method that every other is compared with, seed by seed."""
     budget: float = 0.5
     """Share of the macs."""
     importance: str = "l1"
@@ -85,7 +84,7 @@ class Settings:
     """Epochs of the dense training; the task's own by default."""
 
     def __post_init__(self) -> None:
-        for method in self.methods:
+        for method in (*self.methods, self.against):
             check_name("method", method, (*OPTIMISERS, *ALGORITHMS))
         for cell in self.cells:
             self.config(cell)  # what the last run would refuse is refused before the first
@@ -199,7 +198,7 @@ def table(records: Sequence[Record]) -> str:
     lines = [line(HEADS), line(["---"] * len(HEADS))]
     dense, uniform = (rows_of(records, name) for name in ("dense", "uniform"))
     for name, rows, base in (("dense", dense, uniform), ("uniform", uniform, {})) if records else ():
-        lines.append(line([name, "", *_measured(rows, base), "", "", "", _by_seed(rows)]))
+        lines.append(line([name, "", *_measured(rows, base), "", "", "", "", _by_seed(rows)]))
     for (evaluations, method), some in groups(records).items():
         found, policy = (rows_of(some, name) for name in ("found", "policy"))
         spent = [record["spent"] for record in some]
@@ -207,18 +206,20 @@ def table(records: Sequence[Record]) -> str:
         last = f"{np.mean(percent(policy, 'test')):.2f}" if policy else ""
         seconds = f"{np.mean([record['seconds'] for record in some]):.1f}"
         own = ", ".join(f"{name} {value}" for name, value in some[0]["own"].items())
-        cells = [method, f"{evaluations}{fewer}", *_measured(found, uniform), last, seconds, own, _by_seed(found)]
+        # a search that found no better plan than one it was given has that plan's row
+        who = ", ".join(dict.fromkeys(row["source"] for _, row in sorted(found.items())))
+        cells = [method, f"{evaluations}{fewer}", *_measured(found, uniform), last, seconds, own, who, _by_seed(found)]
         lines.append(line(cells))
     return "\n".join(lines)
 
 
-def paired_table(records: Sequence[Record]) -> str:
-    """What each method finds beyond random search with the same seed and as many evaluations, as a Markdown table."""
+def paired_table(records: Sequence[Record], against: str) -> str:
+    """What each method finds beyond another with the same seed and as many evaluations, as a Markdown table."""
     lines = [line(PAIRED_HEADS), line(["---"] * len(PAIRED_HEADS))]
     found = {key: rows_of(some, "found") for key, some in groups(records).items()}
     for (evaluations, method), rows in found.items():
-        base = found.get((evaluations, REFERENCE), {})
-        if method == REFERENCE or not rows.keys() & base.keys():
+        base = found.get((evaluations, against), {})
+        if method == against or not rows.keys() & base.keys():
             continue
         search, test = (differences(rows, base, split) for split in ("search", "test"))
         cells = [f"{np.mean(search):+.2f}", f"{np.mean(test):+.2f}", interval(test, form="+.2f")]
@@ -255,8 +256,8 @@ def main(settings: Settings) -> None:
         f"{one.refit}, recalibrated on {one.calibration_images} training images; means over seeds, 95 % t-intervals\n"
     )
     print(table(records))
-    print(f"\nagainst {REFERENCE} with the same seed and as many evaluations, points\n")
-    print(paired_table(records))
+    print(f"\nagainst {settings.against} with the same seed and as many evaluations, points\n")
+    print(paired_table(records, settings.against))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 bfloat16 pays where the hardware multiplies in it: AMX, the bfloat16 instructions of AVX-512, and CUDA from Ampere on. A
 CPU with neither is slower in it than in float32: by 1.4 to 1.7, CIFAR networks, plain AVX-512; one with the
-instructions alone is faster by 1.5 to 1.9 (`benchmarks.number_formats`).
+instructions alone is faster by 1.6 to 1.9 (`benchmarks.number_formats`).
 """
 
 from __future__ import annotations

@@ -74,6 +74,21 @@ def test_a_network_is_made_of_importable_classes_without_lambdas(name):
         assert not any(callable(value) for value in attributes)
 
 
+@pytest.mark.parametrize("side", [6, 7])
+def test_the_shortcut_is_a_slice_whose_gradient_stays_channels_last(side):
+    x = torch.randn(2, 3, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = ZeroPadShortcut(2)(x)
+    assert torch.equal(y[:, 2:-2], x[:, :, ::2, ::2])
+    assert not y[:, :2].any()
+    assert not y[:, -2:].any()
+    # 1 * x, because the gradient of a leaf takes the leaf's layout
+    inner = 1 * x
+    (gradient,) = torch.autograd.grad(ZeroPadShortcut(2)(inner).sum(), inner)
+    assert gradient.sum() == gradient[:, :, ::2, ::2].numel()
+    assert gradient[:, :, ::2, ::2].all()
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_resnet_has_the_key_names_of_published_weights():
     keys = set(make_network("resnet20", classes=10).state_dict())
     norms = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}

@@ -193,6 +193,8 @@ def test_a_search_that_ends_early_says_what_it_spent(folder: Path, tmp_path: Pat
 def test_what_no_run_would_take_is_refused_before_the_first(folder: Path) -> None:
     with pytest.raises(ValueError, match="method 'random_serch' is unknown; did you mean 'random_search'"):
         settings(folder, methods=("cem", "random_serch"))
+    with pytest.raises(ValueError, match="method 'random_serch' is unknown; did you mean 'random_search'"):
+        settings(folder, against="random_serch")
     with pytest.raises(ValueError, match="importance 'l11' is unknown; did you mean 'l1'"):
         settings(folder, importance="l11")
     with pytest.raises(ValueError, match="episodes is 0"):
@@ -250,18 +252,19 @@ def test_the_interval_by_hand() -> None:
     assert intervals.half_width(many) == pytest.approx(2.042 * math.sqrt(40 / 39) / math.sqrt(40))
 
 
-def row(test: float, *, search: float = 0.9, macs: float = 0.5) -> dict[str, float]:
+def row(test: float, *, search: float = 0.9, macs: float = 0.5) -> dict[str, Any]:
     return {"search_accuracy": search, "test_accuracy": test, "macs_share": macs, "params_share": 0.6}
 
 
 def record(method: str, seed: int, found: float, *, evaluations: int = 100, **changes: Any) -> dict[str, Any]:
     rows = {"dense": row(0.92, macs=1.0), "uniform": row(0.70 + 0.02 * seed), "found": row(found, search=found + 0.1)}
+    rows["found"]["source"] = changes.pop("source", method)
     usual = {"method": method, "seed": seed, "evaluations": evaluations, "spent": evaluations, "own": {}, "seconds": 60}
     return {**usual, "rows": rows | changes.pop("rows", {}), **changes}
 
 
 HAND = [
-    record("random_search", 1, 0.76),
+    record("random_search", 1, 0.76, source="uniform"),
     record("random_search", 0, 0.74, seconds=61),
     # limits of its own may move its uniform plan: the table's is that of the others
     record("amc", 0, 0.75, own={"min_keep": 0.2}, rows={"uniform": row(0.1), "policy": row(0.71)}),
@@ -272,12 +275,13 @@ HAND = [
 
 def test_the_table_by_hand() -> None:
     assert search_table.table(HAND).splitlines()[2:] == [
-        "| dense |  | 90.00 | 92.00 | 92.00 to 92.00, n = 2 | +21.00 | 1.000 |  |  |  | 92.00, 92.00 |",
-        "| uniform |  | 90.00 | 71.00 | 58.29 to 83.71, n = 2 |  | 0.500 |  |  |  | 70.00, 72.00 |",
-        "| random_search | 100 | 85.00 | 75.00 | 62.29 to 87.71, n = 2 | +4.00 | 0.500 |  | 60.5 |  | 74.00, 76.00 |",
+        "| dense |  | 90.00 | 92.00 | 92.00 to 92.00, n = 2 | +21.00 | 1.000 |  |  |  |  | 92.00, 92.00 |",
+        "| uniform |  | 90.00 | 71.00 | 58.29 to 83.71, n = 2 |  | 0.500 |  |  |  |  | 70.00, 72.00 |",
+        "| random_search | 100 | 85.00 | 75.00 | 62.29 to 87.71, n = 2 | +4.00 | 0.500 |  | 60.5 |  "
+        "| random_search, uniform | 74.00, 76.00 |",
         "| amc | 100 | 87.00 | 77.00 | 51.59 to 102.41, n = 2 | +6.00 | 0.500 | 72.00 | 60.0 | min_keep 0.2 "
-        "| 75.00, 79.00 |",
-        "| cem | 400 (spent 399) | 90.00 | 80.00 | n = 1 | +8.00 | 0.500 |  | 60.0 |  | 80.00 |",
+        "| amc | 75.00, 79.00 |",
+        "| cem | 400 (spent 399) | 90.00 | 80.00 | n = 1 | +8.00 | 0.500 |  | 60.0 |  | cem | 80.00 |",
     ]
     assert len({line.count("|") for line in search_table.table(HAND).splitlines()}) == 1
     assert len(search_table.table([]).splitlines()) == 2
@@ -285,8 +289,12 @@ def test_the_table_by_hand() -> None:
 
 def test_paired_differences_by_hand() -> None:
     # +1 and +3 points: mean 2, deviation sqrt(2), half width 12.706
-    lines = search_table.paired_table(HAND).splitlines()
+    lines = search_table.paired_table(HAND, "random_search").splitlines()
     assert lines[2:] == ["| amc | 100 | +2.00 | +2.00 | -10.71 to +14.71, n = 2 | +1.00, +3.00 |"]
     # pairs are of one seed and one number of evaluations
     more = [*HAND, record("random_search", 1, 0.77, evaluations=400), record("cem", 0, 0.9, evaluations=400)]
-    assert search_table.paired_table(more).splitlines()[3:] == ["| cem | 400 | +3.00 | +3.00 | n = 1 | +3.00 |"]
+    lines = search_table.paired_table(more, "random_search").splitlines()
+    assert lines[3:] == ["| cem | 400 | +3.00 | +3.00 | n = 1 | +3.00 |"]
+    # against another method
+    lines = search_table.paired_table(HAND, "amc").splitlines()
+    assert lines[2:] == ["| random_search | 100 | -2.00 | -2.00 | -14.71 to +10.71, n = 2 | -1.00, -3.00 |"]
