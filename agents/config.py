@@ -82,7 +82,7 @@ class TrainConfig:
     """Random feasible plans of which the best is the row `random` of the report, each a measured network; as many as
     episodes by default, 0 for no such row."""
     fine_tune_epochs: int = 0
-    """Epochs of training for the uniform, random and learned network at the end."""
+    """Epochs of training, at the end, for the networks of all plans but the policy's."""
     fine_tune_lr: float = 0.05
     """Peak learning rate of that training."""
     workers: int = 1

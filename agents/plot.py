@@ -62,7 +62,7 @@ def learning_figure(
         axes.scatter([e.number for e in some], [e.accuracy for e in some], s=11, alpha=0.75, color=colour, label=name)
     ranks = [max(episodes[: i + 1], key=lambda e: e.rank).accuracy for i in range(len(episodes))]
     axes.step([e.number for e in episodes], ranks, where="post", color=GREEN, linewidth=1.8, label="best so far")
-    for name, style in (("uniform", "--"), ("random", ":")):
+    for name, style in (("uniform", "--"), ("error_curves", "-."), ("random", ":")):
         if name in rows:
             axes.axhline(rows[name]["search_accuracy"], color=GREY, linestyle=style, linewidth=1.4, label=name)
     axes.set(xlabel="episode", ylabel="accuracy on the search split", title=f"{problem.name}: the search")

@@ -1,4 +1,4 @@
-"""The report of a run: dense, uniform, random, learned and policy at one budget, on the search and the test split."""
+"""The report of a run at one budget: dense, uniform, error_curves, random, learned and policy, on both splits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from prune_env.tasks.training import TrainSettings, train
 from prune_env.tasks.training.loop import Progress
 
 Row = dict[str, Any]
-FINE_TUNED = ("uniform", "random", "learned")
+FREE = {"uniform": heuristics.UNIFORM, "error_curves": heuristics.ERROR_CURVES}
+"""Rows of plans that no evaluation went into: what a search finds beyond them is what it is worth."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,10 +149,10 @@ def paid_facts(problem: Problem, config: TrainConfig, plan: Plan) -> Row:
     return {"paid_by": config.env().measure, "paid_accuracy": paid.accuracy, "paid_steps": paid.steps}
 
 
-def uniform_plan(problem: Problem) -> Plan:
-    """The same share in every group, at the problem's budget."""
-    case: Case = case_of(heuristics.UNIFORM, problem)
-    return plan_of(case, heuristics.UNIFORM.allocate(case))
+def free_plans(problem: Problem) -> dict[str, Plan]:
+    """The plans, at the problem's budget, of the rows that cost no evaluation."""
+    cases: dict[str, Case] = {name: case_of(method, problem) for name, method in FREE.items()}
+    return {name: plan_of(case, FREE[name].allocate(case)) for name, case in cases.items()}
 
 
 def rank_of(problem: Problem, measured: Measurement) -> tuple[float, float]:

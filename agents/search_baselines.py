@@ -24,7 +24,7 @@ from agents.cli import INTERRUPTED, guarded, parse, stages
 from agents.config import resolved
 from agents.episode import PHASES, Episode, Memory
 from agents.record import RunFolder, refuse_existing, save_network
-from agents.report import Reporter, Row, table, uniform_plan
+from agents.report import Reporter, Row, free_plans, table
 from agents.search import Observer, best_plan, settings_of
 from agents.search_config import SearchConfig
 from agents.train import finished, make_task_of, problem_of
@@ -120,12 +120,12 @@ def _search_and_report(task: Task, problem: Problem, run: RunFolder, console: Co
         if len(memory) < config.episodes:
             console.print(f"{len(memory)} evaluations: no other plan was found at this budget")
         best = memory.episodes[memory.best or 0]
-        plans = {"uniform": uniform_plan(problem), "learned": best_plan(problem, memory)}
+        plans = free_plans(problem) | {"learned": best_plan(problem, memory)}
         with stages(console) as tell:
             reporter = Reporter(task, problem, config, run, tell)
             reporter.dense()
-            reporter.plan("uniform", plans["uniform"])
-            reporter.plan("learned", plans["learned"], source=best.source, episode=best.number)
+            for name, plan in plans.items():
+                reporter.plan(name, plan, **({"source": best.source, "episode": best.number} if name == "learned" else {}))
             tuned = {name: reporter.fine_tune(name, plan) for name, plan in plans.items()}
         rows = run.report
         curve = plot.learning_figure(problem, memory.inside, rows, sources={config.algorithm: plot.BLUE})

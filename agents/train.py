@@ -19,7 +19,7 @@ from agents.callbacks import Bar, TensorBoard
 from agents.cli import INTERRUPTED, guarded, parse, stages
 from agents.config import DEMONSTRATION, TrainConfig, resolved
 from agents.record import RunFolder, refuse_existing, save_network
-from agents.report import FINE_TUNED, Reporter, Row, table, uniform_plan
+from agents.report import Reporter, Row, free_plans, table
 from agents.rounds import make_workers
 from agents.search import best_plan, policy_plan, search, settings_of, view_of
 from baselines.shaping import potential_of
@@ -137,26 +137,27 @@ def _search_and_report(parts: Parts, console: Console) -> None:
         with Bar(console, config) as bar:
             memory, learner = search(problem, config, parts.venv, run, observers=(bar, board))
         best = memory.episodes[memory.best or 0]
-        plans = {"uniform": uniform_plan(problem), "learned": best_plan(problem, memory)}
-        write(run.path / "plan.json", plans["learned"].to_json())
+        plans, learned = free_plans(problem), best_plan(problem, memory)
+        write(run.path / "plan.json", learned.to_json())
         policy = policy_plan(problem, learner, parts.venv)
         with stages(console) as tell:
             reporter = Reporter(parts.task, problem, config, run, tell)
             reporter.dense()
-            reporter.plan("uniform", plans["uniform"])
+            for name, plan in plans.items():
+                reporter.plan(name, plan)
             if config.drawn:
                 plans["random"] = reporter.random()
-            reporter.plan("learned", plans["learned"], source=best.source, episode=best.number)
+            reporter.plan("learned", learned, source=best.source, episode=best.number)
             reporter.plan("policy", policy)
-            tuned = {name: reporter.fine_tune(name, plans[name]) for name in FINE_TUNED if name in plans}
+            tuned = {name: reporter.fine_tune(name, plan) for name, plan in (plans | {"learned": learned}).items()}
         rows = run.report
         write(run.path / "learning.png", plot.png(plot.learning_figure(problem, memory.episodes, rows)))
         uniform = tuple(problem.graph.counts(plans["uniform"]).tolist())
         figure = plot.plan_figure(problem, best.counts, uniform)
         write(run.path / "plan.png", plot.png(figure))
         board.finished({f"final/{name}_test_accuracy": row["test_accuracy"] for name, row in rows.items()})
-        network = tuned["learned"] or problem.evaluator.realise(plans["learned"])
-        save_network(run.path, network, plans["learned"])
+        network = tuned["learned"] or problem.evaluator.realise(learned)
+        save_network(run.path, network, learned)
 
 
 def finished(path: Path) -> bool:

@@ -22,6 +22,7 @@ import tyro
 from agents.algorithms import ALGORITHMS
 from agents.config import TrainConfig, own_settings
 from agents.intervals import interval
+from agents.report import FREE
 from agents.search_config import SearchConfig
 from baselines.search import OPTIMISERS
 from benchmarks.cells import COMMON, Record, finished, line, read, read_or_made, search_seconds, share_row
@@ -65,7 +66,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of splits, of dense trainings and of searches."""
     against: str = "random_search"
-    """Method that every other is compared with, seed by seed."""
+    """Method, or row that costs no evaluation (`uniform`, `error_curves`), that every other is compared with."""
     budget: float = 0.5
     """Share of the macs."""
     importance: str = "l1"
@@ -84,8 +85,9 @@ class Settings:
     """Epochs of the dense training; the task's own by default."""
 
     def __post_init__(self) -> None:
-        for method in (*self.methods, self.against):
+        for method in self.methods:
             check_name("method", method, (*OPTIMISERS, *ALGORITHMS))
+        check_name("against", self.against, (*OPTIMISERS, *ALGORITHMS, *FREE))
         for cell in self.cells:
             self.config(cell)  # what the last run would refuse is refused before the first
 
@@ -186,8 +188,8 @@ def groups(records: Sequence[Record]) -> dict[tuple[int, str], list[Record]]:
 def rows_of(records: Sequence[Record], name: str) -> dict[int, Record]:
     """Seed -> a row of the records that have it.
 
-    Of several of one seed, which only `dense` and `uniform` have, it is that of the method with the fewest settings of
-    its own: they may limit the uniform plan, too.
+    Of several of one seed, which only rows that cost no evaluation have, it is that of the method with the fewest
+    settings of its own: they may limit those plans, too.
     """
     ordered = sorted(records, key=lambda record: (record["seed"], -len(record["own"])))
     return {record["seed"]: record["rows"][name] for record in ordered if name in record["rows"]}
@@ -196,8 +198,10 @@ def rows_of(records: Sequence[Record], name: str) -> dict[int, Record]:
 def table(records: Sequence[Record]) -> str:
     """Means over seeds as a Markdown table, then each seed's test accuracy."""
     lines = [line(HEADS), line(["---"] * len(HEADS))]
-    dense, uniform = (rows_of(records, name) for name in ("dense", "uniform"))
-    for name, rows, base in (("dense", dense, uniform), ("uniform", uniform, {})) if records else ():
+    uniform = rows_of(records, "uniform")
+    free = {name: rows for name in ("dense", *FREE) if (rows := rows_of(records, name))}
+    for name, rows in free.items():
+        base = {} if name == "uniform" else uniform
         lines.append(line([name, "", *_measured(rows, base), "", "", "", "", _by_seed(rows)]))
     for (evaluations, method), some in groups(records).items():
         found, policy = (rows_of(some, name) for name in ("found", "policy"))
@@ -214,11 +218,11 @@ def table(records: Sequence[Record]) -> str:
 
 
 def paired_table(records: Sequence[Record], against: str) -> str:
-    """What each method finds beyond another with the same seed and as many evaluations, as a Markdown table."""
+    """What each method finds beyond another as a Markdown table: the same seed, as many evaluations, or none."""
     lines = [line(PAIRED_HEADS), line(["---"] * len(PAIRED_HEADS))]
     found = {key: rows_of(some, "found") for key, some in groups(records).items()}
     for (evaluations, method), rows in found.items():
-        base = found.get((evaluations, against), {})
+        base = rows_of(records, against) if against in FREE else found.get((evaluations, against), {})
         if method == against or not rows.keys() & base.keys():
             continue
         search, test = (differences(rows, base, split) for split in ("search", "test"))
@@ -256,7 +260,8 @@ def main(settings: Settings) -> None:
         f"{one.refit}, recalibrated on {one.calibration_images} training images; means over seeds, 95 % t-intervals\n"
     )
     print(table(records))
-    print(f"\nagainst {settings.against} with the same seed and as many evaluations, points\n")
+    spent = "no evaluation" if settings.against in FREE else "as many evaluations"
+    print(f"\nagainst {settings.against} with the same seed and {spent}, points\n")
     print(paired_table(records, settings.against))
 
 

@@ -103,7 +103,7 @@ def test_the_report_draws_as_many_random_plans_as_it_is_told(asked: int | None, 
     assert train.main([*words, *([] if asked is None else ["--random-plans", str(asked)])]) == 0
     report = RunFolder.open(tmp_path / TrainConfig(budget=0.5).name).report
     assert report.get("random", {"tried": 0})["tried"] == drawn
-    assert list(report) == ["dense", "uniform", *(["random"] if drawn else []), "learned", "policy"]
+    assert list(report) == ["dense", "uniform", "error_curves", *(["random"] if drawn else []), "learned", "policy"]
 
 
 def call(module: str, *arguments: object, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -158,8 +158,8 @@ def test_ctrl_c_says_how_to_go_on_and_a_fresh_process_agrees_with_the_record(
     resumed = call("agents.train", "--resume", tmp_path / name, environment=environment)
     assert resumed.returncode == 0, resumed.stderr
     report = json.loads((tmp_path / name / "report.json").read_text())
-    assert list(report) == ["dense", "uniform", "random", "learned", "policy"]
-    assert all("fine_tuned_test_accuracy" in report[row] for row in ("uniform", "random", "learned"))
+    assert list(report) == ["dense", "uniform", "error_curves", "random", "learned", "policy"]
+    assert all("fine_tuned_test_accuracy" in report[row] for row in ("uniform", "error_curves", "random", "learned"))
     checked = call("agents.evaluate", tmp_path / name, environment=environment)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "the record agrees" in checked.stdout

@@ -175,7 +175,7 @@ def test_a_killed_run_that_is_resumed_ends_like_one_that_was_not_and_agrees_with
         assert (torn / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes()
     assert not [path for path in torn.iterdir() if path.name.startswith(".")]
     report = json.loads((torn / "report.json").read_text())
-    assert list(report) == ["dense", "uniform", "learned"]
+    assert list(report) == ["dense", "uniform", "error_curves", "learned"]
     assert report["learned"]["search_accuracy"] >= report["uniform"]["search_accuracy"]
     assert np.isfinite(report["learned"]["test_accuracy"])
     checked = call("agents.evaluate", torn, environment=environment)

@@ -79,7 +79,7 @@ def test_all_cells_spend_the_same_evaluations_under_the_same_repair(folder: Path
         assert found["params_share"] == report["learned"]["params"] / report["dense"]["params"]
         assert found["counts"] == report["learned"]["counts"]
         agent = {"policy"} if cell.method == "amc" else set()
-        assert set(record["rows"]) == {"dense", "uniform", "found", *agent}
+        assert set(record["rows"]) == {"dense", "uniform", "error_curves", "found", *agent}
 
 
 def test_what_an_algorithm_sets_for_itself_is_recorded_and_shown(
@@ -193,8 +193,12 @@ def test_a_search_that_ends_early_says_what_it_spent(folder: Path, tmp_path: Pat
 def test_what_no_run_would_take_is_refused_before_the_first(folder: Path) -> None:
     with pytest.raises(ValueError, match="method 'random_serch' is unknown; did you mean 'random_search'"):
         settings(folder, methods=("cem", "random_serch"))
-    with pytest.raises(ValueError, match="method 'random_serch' is unknown; did you mean 'random_search'"):
+    with pytest.raises(ValueError, match="against 'random_serch' is unknown; did you mean 'random_search'"):
         settings(folder, against="random_serch")
+    with pytest.raises(ValueError, match="method 'uniform' is unknown"):
+        settings(folder, methods=("uniform",))
+    with pytest.raises(ValueError, match="against 'error_curve' is unknown; did you mean 'error_curves'"):
+        settings(folder, against="error_curve")
     with pytest.raises(ValueError, match="importance 'l11' is unknown; did you mean 'l1'"):
         settings(folder, importance="l11")
     with pytest.raises(ValueError, match="episodes is 0"):
@@ -285,6 +289,19 @@ def test_the_table_by_hand() -> None:
     ]
     assert len({line.count("|") for line in search_table.table(HAND).splitlines()}) == 1
     assert len(search_table.table([]).splitlines()) == 2
+
+
+def test_rows_without_evaluations_by_hand() -> None:
+    # records of before the row do without; +2 and +0 points against it at 100 evaluations, +4 at 400
+    curves = {"rows": {"error_curves": row(0.76)}}
+    records = [*HAND, record("td3", 1, 0.78, **curves), record("td3", 0, 0.74, rows={"error_curves": row(0.74)})]
+    lines = search_table.table(records).splitlines()
+    assert lines[4] == (
+        "| error_curves |  | 90.00 | 75.00 | 62.29 to 87.71, n = 2 | +4.00 | 0.500 |  |  |  |  | 74.00, 76.00 |"
+    )
+    lines = search_table.paired_table(records, "error_curves").splitlines()
+    assert lines[4] == "| td3 | 100 | -4.00 | +1.00 | -11.71 to +13.71, n = 2 | +0.00, +2.00 |"
+    assert lines[5] == "| cem | 400 | +0.00 | +4.00 | n = 1 | +4.00 |"
 
 
 def test_paired_differences_by_hand() -> None:
