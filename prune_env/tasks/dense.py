@@ -31,7 +31,11 @@ EPOCHS = {"digits": 30, "fashion-mnist": 15, "imagenet": 90}
 
 @dataclass(frozen=True)
 class DenseSettings:
-    """Everything that decides a dense network; equal settings have one place in the cache."""
+    """Everything that decides a dense network; equal settings have one place in the cache.
+
+    Attributes:
+        start: Digest of the file of weights that the training starts from; None for random ones.
+    """
 
     data: str
     network: str
@@ -40,10 +44,14 @@ class DenseSettings:
     search: int
     side: int
     training: TrainSettings
+    start: str | None = None
 
     def folder(self, root: Path) -> Path:
         """Where the network is kept: `root/dense/<task>-<hash>`."""
-        content = json.dumps({"version": VERSION, **dataclasses.asdict(self)}, sort_keys=True)
+        own = dataclasses.asdict(self)
+        if self.start is None:
+            del own["start"]  # places in the cache are older than the field
+        content = json.dumps({"version": VERSION, **own}, sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
         name = f"{self.data}-{self.network}".replace(":", "_").replace("/", "_")
         return root / "dense" / f"{name}-{digest}"
@@ -107,7 +115,7 @@ class Blank:
     """A task's network before it has weights, and all that decides which weights it will get.
 
     Attributes:
-        network: With the initial weights of the seed, in eval mode.
+        network: With the weights that its training starts from, in eval mode.
         splits: The data.
         settings: What decides the dense weights.
         root: Folder of the cache.
@@ -128,9 +136,10 @@ def blank(
     root: Path | str | None = None,
     search_size: int | None = None,
     image_size: int | None = None,
+    start: Path | str | None = None,
     **changes: object,
 ) -> Blank:
-    """Read a task's data and make its network, with random weights.
+    """Read a task's data and make its network, as it is before its training.
 
     Args:
         name: `<data>-<network>`, or the data's name alone where `network` is given.
@@ -140,11 +149,13 @@ def blank(
         root: Data root; None takes `$PRUNE_ENV_DATA`, else the user's cache.
         search_size: Images of the search split; None takes the data set's.
         image_size: Side to which image files are scaled, in pixels.
+        start: File of weights that the training starts from; None takes random ones.
         **changes: Fields of `TrainSettings` other than usual; None leaves the usual.
 
     Raises:
-        ValueError: An unknown name (names the closest), a value that is not allowed, or corrupt data.
-        FileNotFoundError: Missing data; says which file to put where.
+        ValueError: An unknown name (names the closest), a value that is not allowed, corrupt data, or weights that do
+            not fit.
+        FileNotFoundError: Missing data or weights; says which file to put where.
     """
     data, network_name = parse_name(name, network)
     if seed < 0:
@@ -156,7 +167,12 @@ def blank(
     channels, side, _ = splits.train.shape
     model = make_network(network_name, classes=splits.train.classes, channels=channels, side=side, seed=seed)
     _check_fits(model, network_name, splits)
-    settings = DenseSettings(data, network_name, text, seed, len(splits.search), side, training)
+    digest = None
+    if start is not None:
+        file = Path(start).expanduser()
+        load_weights(model, file)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    settings = DenseSettings(data, network_name, text, seed, len(splits.search), side, training, digest)
     return Blank(model, splits, settings, writable_root(folder))
 
 

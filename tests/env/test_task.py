@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from prune_env.tasks import dense
-from prune_env.tasks.dense import parse_name
+from prune_env.tasks.dense import blank, parse_name, train_dense
 from prune_env.tasks.task import make_task
 from prune_env.tasks.training.__main__ import accuracy
 from prune_env.tasks.weights import write_tensors
@@ -46,6 +48,25 @@ def test_a_network_is_trained_once_and_then_loaded(tmp_path):
     record = json.loads((folder / "settings.json").read_text())
     assert record["training"]["epochs"] == 1
     assert len(record["report"]["losses"]) == 1
+
+
+def test_a_training_may_start_from_weights_of_a_file(tmp_path):
+    trained = make_task("digits-cnn", epochs=1)
+    file = tmp_path / "start.safetensors"
+    shutil.copy(trained.weights, file)
+    start = blank("digits-cnn", start=file, epochs=1, lr=1e-9)
+    made = train_dense(start)
+    # a rate that moves nothing: what is left are the weights that it started from
+    for own, given in zip(start.network.parameters(), trained.network.parameters(), strict=True):
+        torch.testing.assert_close(own, given)
+    # another start, or none, is another network; without one the place is that of older versions
+    assert len(json.loads((made.parent / "settings.json").read_text())["start"]) == 12
+    write_tensors(start.network.state_dict(), file)
+    folders = [blank("digits-cnn", start=given, epochs=1, lr=1e-9).settings.folder(Path()) for given in (file, None)]
+    assert len({made.parent.name, *(folder.name for folder in folders)}) == 3
+    assert blank("digits-cnn").settings.folder(Path()).name == "digits-cnn-4856f4dcf32e"
+    with pytest.raises(ValueError, match=r"start\.safetensors does not fit"):
+        blank("digits-lenet300100", start=file)
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 2}, {"seed": 1}, {"normalise": "half"}, {"search_size": 200}])

@@ -352,6 +352,7 @@ def environment(tmp_path):
     [
         (["--task", "digit-cnn"], "did you mean 'digits-cnn'"),
         (["--lr", "nan"], "lr is nan"),
+        (["--start", "none.safetensors"], "none.safetensors does not exist"),
         (["--epochs", "2", "--lr", "1e30"], "try a smaller lr"),
     ],
 )

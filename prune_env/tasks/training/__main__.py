@@ -35,6 +35,8 @@ class Arguments:
     """Images held out of the training set."""
     image_size: int | None = None
     """Side to which image files are scaled, in pixels."""
+    start: str | None = None
+    """File with the weights to start from, a safetensors file or a state dict; random ones by default."""
     epochs: int | None = None
     """Passes over the training split."""
     lr: float | None = None
