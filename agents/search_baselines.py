@@ -120,20 +120,21 @@ def _search_and_report(task: Task, problem: Problem, run: RunFolder, console: Co
         if len(memory) < config.episodes:
             console.print(f"{len(memory)} evaluations: no other plan was found at this budget")
         best = memory.episodes[memory.best or 0]
-        plans = free_plans(problem) | {"learned": best_plan(problem, memory)}
+        plans, learned = free_plans(problem), best_plan(problem, memory)
         with stages(console) as tell:
             reporter = Reporter(task, problem, config, run, tell)
             reporter.dense()
             for name, plan in plans.items():
-                reporter.plan(name, plan, **({"source": best.source, "episode": best.number} if name == "learned" else {}))
-            tuned = {name: reporter.fine_tune(name, plan) for name, plan in plans.items()}
+                reporter.plan(name, plan)
+            reporter.plan("learned", learned, source=best.source, episode=best.number)
+            tuned = {name: reporter.fine_tune(name, plan) for name, plan in (plans | {"learned": learned}).items()}
         rows = run.report
         curve = plot.learning_figure(problem, memory.inside, rows, sources={config.algorithm: plot.BLUE})
         write(run.path / "learning.png", plot.png(curve))
         figure = plot.plan_figure(problem, best.counts, memory.episodes[0].counts)
         write(run.path / "plan.png", plot.png(figure))
         board.finished({f"final/{name}_test_accuracy": row["test_accuracy"] for name, row in rows.items()})
-        save_network(run.path, tuned["learned"] or problem.evaluator.realise(plans["learned"]), plans["learned"])
+        save_network(run.path, tuned["learned"] or problem.evaluator.realise(learned), learned)
 
 
 class Evaluations(Memory):

@@ -125,15 +125,16 @@ def _check(target: float, bounds: tuple[float, float], tolerance: float, trials:
             raise ValueError(f"{name} is {value!r}; allowed is {what}")
 
 
-def settings_at(task: Task, strength: float, t: float) -> Settings:
+def settings_at(task: Task, strength: float, t: float, *, epochs: int | None = None) -> Settings:
     """The scaled settings at a published lambda and a t.
 
     Args:
         task: Whose network.
         strength: lambda in published units.
         t: What the L1 norm weighs.
+        epochs: Passes over the training split; None takes those of `scaled`.
     """
-    ours = scaled(task)
+    ours = scaled(task, epochs=epochs)
     return dataclasses.replace(ours, strength=strength * ours.strength / published(task).strength, t=t)
 
 
@@ -168,6 +169,50 @@ def trial_of(
     return train_and_count
 
 
+def best_trial(
+    task: Task,
+    budget: float,
+    *,
+    seed: int = 0,
+    resource: str = "macs",
+    trials: int = TRIALS,
+    epochs: int | None = None,
+    progress: Progress | None = None,
+) -> Trial:
+    """The trial of algorithm 1 whose own ratios come nearest to a budget.
+
+    Args:
+        task: Whose network; it is left as it is.
+        budget: Share of the dense cost to be kept, between 0 and 1.
+        seed: Seed of the trainings, which are kept in the cache: a killed search goes on.
+        resource: `macs` or `params`.
+        trials: Most trainings.
+        epochs: Of each training; None takes those of `scaled`.
+        progress: Told about every step.
+
+    Raises:
+        ValueError: A number outside its range, or a network without a prunable channel that a BatchNorm scales.
+        TrainingDiverged: The loss became NaN or Inf.
+    """
+    at = partial(settings_at, epochs=epochs)
+    aim = trial_of(task, seed=seed, resource=resource, settings=at, progress=progress)
+    return search(aim, 1 - budget, trials=trials).best
+
+
+def prepare_for(
+    task: Task, seed: int, progress: Progress | None, *, budget: float, trials: int = TRIALS, epochs: int | None = None
+) -> Task:
+    """A prepare stage: under the lambda and t that algorithm 1 finds for a share of the macs.
+
+    Raises:
+        ValueError: See `best_trial`.
+        TrainingDiverged: The loss became NaN or Inf.
+    """
+    best = best_trial(task, budget, seed=seed, trials=trials, epochs=epochs, progress=progress)
+    settings = partial(settings_at, strength=best.strength, t=best.t, epochs=epochs)
+    return prepare(task, seed, progress, settings=settings)
+
+
 def searched(
     task: Task,
     budget: float,
@@ -177,7 +222,7 @@ def searched(
     trials: int = TRIALS,
     progress: Progress | None = None,
 ) -> Method:
-    """Polarization with the lambda and t that algorithm 1 finds for a budget; its trainings are kept in the cache.
+    """Polarization with the lambda and t that algorithm 1 finds for a budget, at once and by name.
 
     Args:
         task: Whose network; it is left as it is.
@@ -188,11 +233,10 @@ def searched(
         progress: Told about every step.
 
     Raises:
-        ValueError: A number outside its range, or a network without a prunable channel that a BatchNorm scales.
+        ValueError: See `best_trial`.
         TrainingDiverged: The loss became NaN or Inf.
     """
-    aim = trial_of(task, seed=seed, resource=resource, progress=progress)
-    best = search(aim, 1 - budget, trials=trials).best
+    best = best_trial(task, budget, seed=seed, resource=resource, trials=trials, progress=progress)
     return dataclasses.replace(
         POLARIZATION,
         name="polarization_searched",

@@ -59,6 +59,8 @@ def test_the_published_share_of_the_epochs_prepares() -> None:
     found = {row: preparing(row, 12) for row in ("uniform", "polarization", "slimming", "scop", "directional_pruning")}
     assert found == {"uniform": 0, "polarization": 6, "slimming": 6, "scop": 2, "directional_pruning": 6}
     assert (preparing("scop", 2), preparing("scop", 70)) == (1, 10)
+    searching = trained_cells.CUTS["polarization_half"].method(6).prepare
+    assert searching.keywords == {"budget": 0.5, "epochs": 6}
 
 
 def test_budgets_hold_and_uniform_meets_what_a_method_found(runs: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from baselines import polarization_settings, prune
+from baselines import polarization_search, polarization_settings, prune
 from baselines.method import Case, Method, case_of, plan_of
 from baselines.polarization import (
     PAPER,
@@ -48,7 +48,7 @@ from baselines.polarization_scales import (
     sites,
     widest_gap,
 )
-from baselines.polarization_search import search, searched, settings_at, trial_of
+from baselines.polarization_search import best_trial, prepare_for, search, searched, settings_at, trial_of
 from prune_env.config import make_problem, make_task
 from prune_env.envs.dynamics import Problem
 from prune_env.pruning.graph import LayerGraph
@@ -630,6 +630,19 @@ def test_a_searched_method_prunes_what_its_best_trial_trained(task: Task, monkey
     saved = trial_of(task, seed=2)(1e-4, 1.2)
     result = prune(method, task, budget=1.0, seed=2, progress=lambda *told: pytest.fail("trained again"), **PLAIN)
     assert 1 - result.search.macs / count_macs(task.network, task.example) == pytest.approx(saved)
+
+
+def test_a_prepare_stage_may_search_for_itself(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = prepare_for(task, 2, None, budget=0.6, trials=1, epochs=1)
+    # algorithm 1 begins in the middle of lambda's bounds, and has that one trial; what it trained is in the cache
+    first = partial(settings_at, strength=1e-4, t=1.2, epochs=1)
+    same = prepare(task, 2, lambda *told: pytest.fail("trained again"), settings=first)
+    pairs = zip(made.network.parameters(), same.network.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    responses = iter([0.2, 0.4])
+    monkeypatch.setattr(polarization_search, "trial_of", lambda *args, **options: lambda *at: next(responses))
+    best = best_trial(task, 0.6, trials=2)
+    assert (best.strength, best.t, best.saved) == (pytest.approx(1.5e-4), 1.2, 0.4)
 
 
 def test_a_published_lambda_is_scaled_as_the_defaults_are(task: Task) -> None:
