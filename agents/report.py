@@ -188,7 +188,7 @@ def table(runs: list[tuple[TrainConfig, dict[str, Row]]]) -> Table:
     )
     several = len(runs) > 1
     built = Table(title=title, caption=_caption(config, runs), title_style="bold")
-    built.add_column("plan")
+    built.add_column("plan", min_width=max(map(len, rows)))  # names are not cut on a narrow terminal
     tuned = any("fine_tuned_test_accuracy" in row for row in rows.values())
     heads = ["search accuracy", "test accuracy"]
     heads += ["each seed"] * several + ["fine-tuned search", "fine-tuned test"] * tuned + ["macs", "params"]
