@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from agents import plot
 from agents.config import TrainConfig
 from agents.episode import Episode, Memory
-from agents.report import free_plans
+from agents.report import free_plan
 from prune_env.envs.dynamics import Problem
 
 
@@ -61,7 +61,7 @@ class TensorBoard:
         self.folder, self.problem, self.hparams = folder, problem, hparams
         self.writer: Any = None
         self.best: Episode | None = None
-        self.uniform = tuple(problem.graph.counts(free_plans(problem)["uniform"]).tolist())
+        self.uniform = tuple(problem.graph.counts(free_plan(problem, "uniform")).tolist())
         self.drawn = -1
 
     def resumed(self, memory: Memory) -> None:

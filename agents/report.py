@@ -69,6 +69,13 @@ class Reporter:
         kept = [len(plan.keep[group.name]) for group in self.problem.graph.groups]
         self.run.add_row(name, row_of(measured, test) | {"counts": kept} | paid | facts)
 
+    def free(self) -> dict[str, Plan]:
+        """The plans that cost no evaluation, and their rows."""
+        plans = {name: free_plan(self.problem, name) for name in FREE}
+        for name, plan in plans.items():
+            self.plan(name, plan)
+        return plans
+
     def random(self) -> Plan:
         """The best of the random feasible plans that the run is told to draw, at least one, and its row."""
         case, rng = case_of(heuristics.RANDOM, self.problem), np.random.default_rng([self.config.seed, 1])
@@ -149,10 +156,10 @@ def paid_facts(problem: Problem, config: TrainConfig, plan: Plan) -> Row:
     return {"paid_by": config.env().measure, "paid_accuracy": paid.accuracy, "paid_steps": paid.steps}
 
 
-def free_plans(problem: Problem) -> dict[str, Plan]:
-    """The plans, at the problem's budget, of the rows that cost no evaluation."""
-    cases: dict[str, Case] = {name: case_of(method, problem) for name, method in FREE.items()}
-    return {name: plan_of(case, FREE[name].allocate(case)) for name, case in cases.items()}
+def free_plan(problem: Problem, name: str) -> Plan:
+    """The plan, at the problem's budget, of a row that costs no evaluation: a name in `FREE`."""
+    case: Case = case_of(FREE[name], problem)
+    return plan_of(case, FREE[name].allocate(case))
 
 
 def rank_of(problem: Problem, measured: Measurement) -> tuple[float, float]:

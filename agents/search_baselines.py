@@ -24,7 +24,7 @@ from agents.cli import INTERRUPTED, guarded, parse, stages
 from agents.config import resolved
 from agents.episode import PHASES, Episode, Memory
 from agents.record import RunFolder, refuse_existing, save_network
-from agents.report import Reporter, Row, free_plans, table
+from agents.report import Reporter, Row, table
 from agents.search import Observer, best_plan, settings_of
 from agents.search_config import SearchConfig
 from agents.train import finished, make_task_of, problem_of
@@ -120,14 +120,13 @@ def _search_and_report(task: Task, problem: Problem, run: RunFolder, console: Co
         if len(memory) < config.episodes:
             console.print(f"{len(memory)} evaluations: no other plan was found at this budget")
         best = memory.episodes[memory.best or 0]
-        plans, learned = free_plans(problem), best_plan(problem, memory)
+        learned = best_plan(problem, memory)
         with stages(console) as tell:
             reporter = Reporter(task, problem, config, run, tell)
             reporter.dense()
-            for name, plan in plans.items():
-                reporter.plan(name, plan)
+            plans = reporter.free()
             reporter.plan("learned", learned, source=best.source, episode=best.number)
-            tuned = {name: reporter.fine_tune(name, plan) for name, plan in (plans | {"learned": learned}).items()}
+            tuned = {name: reporter.fine_tune(name, plan) for name, plan in {**plans, "learned": learned}.items()}
         rows = run.report
         curve = plot.learning_figure(problem, memory.inside, rows, sources={config.algorithm: plot.BLUE})
         write(run.path / "learning.png", plot.png(curve))

@@ -19,7 +19,7 @@ from agents.callbacks import Bar, TensorBoard
 from agents.cli import INTERRUPTED, guarded, parse, stages
 from agents.config import DEMONSTRATION, TrainConfig, resolved
 from agents.record import RunFolder, refuse_existing, save_network
-from agents.report import Reporter, Row, free_plans, table
+from agents.report import Reporter, Row, table
 from agents.rounds import make_workers
 from agents.search import best_plan, policy_plan, search, settings_of, view_of
 from baselines.shaping import potential_of
@@ -137,19 +137,18 @@ def _search_and_report(parts: Parts, console: Console) -> None:
         with Bar(console, config) as bar:
             memory, learner = search(problem, config, parts.venv, run, observers=(bar, board))
         best = memory.episodes[memory.best or 0]
-        plans, learned = free_plans(problem), best_plan(problem, memory)
+        learned = best_plan(problem, memory)
         write(run.path / "plan.json", learned.to_json())
         policy = policy_plan(problem, learner, parts.venv)
         with stages(console) as tell:
             reporter = Reporter(parts.task, problem, config, run, tell)
             reporter.dense()
-            for name, plan in plans.items():
-                reporter.plan(name, plan)
+            plans = reporter.free()
             if config.drawn:
                 plans["random"] = reporter.random()
             reporter.plan("learned", learned, source=best.source, episode=best.number)
             reporter.plan("policy", policy)
-            tuned = {name: reporter.fine_tune(name, plan) for name, plan in (plans | {"learned": learned}).items()}
+            tuned = {name: reporter.fine_tune(name, plan) for name, plan in {**plans, "learned": learned}.items()}
         rows = run.report
         write(run.path / "learning.png", plot.png(plot.learning_figure(problem, memory.episodes, rows)))
         uniform = tuple(problem.graph.counts(plans["uniform"]).tolist())

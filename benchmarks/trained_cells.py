@@ -74,6 +74,7 @@ def _directional(epochs: int) -> Method:
     return directional_pruning.directional("directional_pruning", directional_pruning.Structured(epochs=epochs))
 
 
+POLARIZED = "ResNet-56: +.03, -1.17 points at 47, 71 % fewer macs (93.80); that rerun: -.73, -1.36 at 40, 60 %"
 SCOP_SHARE = Fraction(20, 140)
 """20 epochs learn the scales, 120 fine-tune."""
 CUTS: dict[str, CutRow] = {
@@ -86,14 +87,14 @@ CUTS: dict[str, CutRow] = {
         partial(_regularised, polarization.POLARIZATION, "polarization", polarization.PAPER),
         Fraction(200, 400),
         own=True,
-        published="ResNet-56: +.03, -1.17 points at 47, 71 % fewer macs (93.80); that rerun: -.73, -1.36 at 40, 60 %",
+        published=POLARIZED,
     ),
     # the trials of the search are not among its epochs: only the last of them prepares
     "polarization_half": CutRow(
         _polarized_to_half,
         Fraction(200, 400),
         own=True,
-        published="ResNet-56: +.03, -1.17 points at 47, 71 % fewer macs (93.80); that rerun: -.73, -1.36 at 40, 60 %",
+        published=POLARIZED,
     ),
     "slimming": CutRow(
         partial(_regularised, polarization.SLIMMING, "slimming", polarization.SLIMMING_PAPER),

@@ -104,6 +104,9 @@ def test_the_report_draws_as_many_random_plans_as_it_is_told(asked: int | None, 
     report = RunFolder.open(tmp_path / TrainConfig(budget=0.5).name).report
     assert report.get("random", {"tried": 0})["tried"] == drawn
     assert list(report) == ["dense", "uniform", "error_curves", *(["random"] if drawn else []), "learned", "policy"]
+    # rows without an evaluation are the plans that the agent is given
+    known = {e.source: list(e.counts) for e in RunFolder.open(tmp_path / TrainConfig(budget=0.5).name).read_episodes()}
+    assert known == {name: report[name]["counts"] for name in ("uniform", "error_curves")}
 
 
 def call(module: str, *arguments: object, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
