@@ -37,7 +37,8 @@ Where the published part deviates:
   shipped 30ep and 140ep scripts call a file whose schedule is commented out; neither is followed.
 
 Reported by the authors' logs (last epoch, ten seeds, CIFAR-10): test accuracy in % at the % of all parameters that are
-zero, SGD without momentum and decay beside it; nothing on channels. Ours, to be run: `benchmarks.trained_papers`.
+zero, SGD without momentum and decay beside it; nothing on channels. Ours, ResNet-20, twelve epochs from the trained
+network, one seed (`python -m benchmarks.trained_papers`): 91.40 @ 35.2, SGD 91.82.
 
     | network       | SGD   | mu .4        | .501, .51    | .55          | .6           | .65          | .7            |
     |---------------|-------|--------------|--------------|--------------|--------------|--------------|---------------|

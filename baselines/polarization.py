@@ -46,7 +46,9 @@ Reported after fine-tuning, CIFAR-10: ResNet-56 93.80 -> 93.83 % at 47 % fewer m
 epoch by the test split, and in an independent run uniform l1 pruning, fine-tuned as long, beats it on ResNet-56:
 94.09, 93.90 and 93.14 % at 20, 40 and 60 % fewer macs, polarization 93.87, 93.35 and 92.72 (dense 94.08).
 
-Ours, at equal epochs beside uniform l1: `python -m benchmarks.trained_papers`; no run on CIFAR-10 so far.
+Ours, ResNet-20 on CIFAR-10, twelve epochs in all for every method, one seed, test split (`python -m
+benchmarks.trained_papers`), dense 91.75 %: its own ratios keep .666 of the macs and come to 90.84, uniform l1 at those
+macs to 91.12; at half the macs, lambda and t by algorithm 1, 89.43 against 90.12.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ They print no rates; these fit best. In the second row the columns seem to have 
 report 54.6 and 51.8 as well, which no rate gives (.44: 54.7 and 51.3; .45: 55.6 and 52.2).
 
 Reported after fine-tuning, ImageNet, top-1 error in %, in the order of the table: 30.24 -> 30.82, 30.24 -> 31.38,
-23.85 -> 24.05; ResNet-50 at the larger cut 24.74. For CIFAR-10 no source could be checked. Ours, on ResNet-20 at equal
-epochs beside uniform l1: `python -m benchmarks.trained_papers`; no run on CIFAR-10 so far.
+23.85 -> 24.05; ResNet-50 at the larger cut 24.74. For CIFAR-10 no source could be checked. Ours, ResNet-20
+on CIFAR-10 at half the macs, twelve epochs in all, one seed, test split (`python -m benchmarks.trained_papers`): 91.75
+-> 89.90 % accuracy, uniform l1 90.12.
 """
 
 from __future__ import annotations
