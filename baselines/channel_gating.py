@@ -40,7 +40,8 @@ there, and the layers with the largest ones close the fewest (`closed` of a meas
 accelerator would save that skips single outputs; norm, comparison and merging are not counted, as by the authors.
 
 Reported, as quoted by others (ManiDP, table 1): ResNet-18 on ImageNet 31.7 % error at 50.7 % fewer FLOPs, ResNet-34
-28.7 % at 50.4 %. Ours: `python -m benchmarks.trained_papers`; no run on CIFAR-10 so far.
+28.7 % at 50.4 %. Ours, ResNet-20 on CIFAR-10, twelve epochs from the trained network (91.7 %), one seed, test split
+(`python -m benchmarks.trained_papers`): T = 1 89.52 % accuracy at .699 of the macs, T = 2 88.37 at .661.
 """
 
 from __future__ import annotations
