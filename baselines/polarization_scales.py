@@ -131,15 +131,19 @@ def first_valley(scales: Float[np.ndarray, " channel"]) -> float:
 
 
 def clear_valley(scales: Float[np.ndarray, " channel"]) -> float:
-    """The same if the scales really part there, that is, if none lies in the valley's bin; else the widest gap.
+    """The same if the scales really part there: none lies in the valley's bin, and some above it; else the widest gap.
 
-    The guard is ours: noise makes a local minimum in the histogram of any small layer, pole or no pole.
+    The guard is ours: noise makes a local minimum in the histogram of any small layer, pole or no pole, and where a
+    layer of small scales ends there is no valley, but the end of its only peak. If that peak is the first bin, though,
+    it is the pole at 0, and everything goes.
 
     Args:
         scales: |gamma| of one group.
     """
     edge, within = _valley(scales)
-    return widest_gap(scales) if edge is None or within else edge
+    dead = scales.max() < UPPER / BINS
+    parts = edge is not None and not within and (dead or scales.max() >= edge)
+    return edge if parts else widest_gap(scales)
 
 
 def _valley(scales: Float[np.ndarray, " channel"]) -> tuple[float | None, int]:

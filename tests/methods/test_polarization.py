@@ -300,6 +300,7 @@ HUMP = histogram({1: 1, 2: 3, 3: 2, 4: 5, 5: 4, 6: 1})
         (np.zeros(16), 0.01, 0.01),  # all at the lower pole: everything goes
         (SLOPE, -math.inf, -math.inf),  # no valley, no gap: nothing goes
         (HUMP, 0.03, -math.inf),  # no pole at 0: a dent is no valley
+        (histogram({0: 1, 1: 2, 2: 7, 3: 2}), 0.04, -math.inf),  # one peak of small scales: nothing is above its end
         (histogram({0: 30, 1: 5, 2: 7, 60: 9}), 0.01, 0.025),  # a dent in the lower pole: the gap decides
         (np.array([0.001, 1.3, 1.4]), 0.01, 0.01),  # a network that was never clamped
         # A dent, and a gap far from 0: what lies below it is no pole, so nothing goes.
