@@ -34,14 +34,13 @@ Where we deviate:
 - `scaled`, for trainings of a few epochs: lambda such that the penalty alone takes a threshold nearly to T (`TRAVEL`).
 
 Is it faster? Not here. The gates are fine-grained, and what computes channels as a whole can only skip one for an image
-in which no position opens. On the digits that hardly ever happens at T = 0 but in the last layer, often in the later
-layers at T = 1, and for most channels at T = 2, where the bases are nearly all that is left to compute. Maps are small
-there, and the layers with the largest ones close the fewest (`closed` of a measurement). What is counted is what an
-accelerator would save that skips single outputs; norm, comparison and merging are not counted, as by the authors.
+in which no position opens (`closed` of a measurement). In ResNet-20 on CIFAR-10 that is so of 0 to 4 % of a layer's
+channels at T = 1, and of 6 to 36 % at T = 2, where the bases are nearly all that is left to compute. What is counted is
+what an accelerator would save that skips single outputs; norm, comparison and merging are not, as by the authors.
 
 Reported, as quoted by others (ManiDP, table 1): ResNet-18 on ImageNet 31.7 % error at 50.7 % fewer FLOPs, ResNet-34
-28.7 % at 50.4 %. Ours, ResNet-20 on CIFAR-10, twelve epochs from the trained network (91.7 %), one seed, test split
-(`python -m benchmarks.trained_papers`): T = 1 89.52 % accuracy at .699 of the macs, T = 2 88.37 at .661.
+28.7 % at 50.4 %. Ours, ResNet-20 on CIFAR-10, 12 epochs, one seed (`python -m benchmarks.trained_papers`):
+91.7 -> 89.52 % at .699 of the macs with T = 1, 88.37 % at .661 with T = 2.
 """
 
 from __future__ import annotations

@@ -75,11 +75,7 @@ BASES: dict[str, Callable[[int, int, int], Tensor]] = {"first": first, "grouped"
 
 
 class _SmoothStep(torch.autograd.Function):
-    """1 above zero, else 0; its derivative is that of a sigmoid of slope alpha, `alpha s (1 - s)`.
-
-    Maps are large, and what passes over them most often decides how long a step takes: hence torch's fused operators,
-    and no tensor of truth values, which has no fast path.
-    """
+    """1 above zero, else 0; its derivative is that of a sigmoid of slope alpha, `alpha s (1 - s)`."""
 
     @staticmethod
     def forward(ctx, pre: Tensor, slope: float) -> Tensor:
@@ -90,6 +86,7 @@ class _SmoothStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gates: Tensor) -> tuple[Tensor, None]:
         (pre,) = ctx.saved_tensors
+        # Fused operators and no truth values, which have no fast path: passes over maps are what a gate's step costs.
         s = (ctx.slope * pre).sigmoid_()
         return torch.ops.aten.sigmoid_backward(gates, s).mul_(ctx.slope), None
 

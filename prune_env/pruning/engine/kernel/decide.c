@@ -101,7 +101,7 @@ static void add_rows(float *restrict sum, const float *restrict rows, int length
         const float *a = rows + (ptrdiff_t)index[i] * length, *b = rows + (ptrdiff_t)index[i + 1] * length;
         const float *c = rows + (ptrdiff_t)index[i + 2] * length, *d = rows + (ptrdiff_t)index[i + 3] * length;
         float e = factor[i], f = factor[i + 1], g = factor[i + 2], h = factor[i + 3];
-        for (int j = 0; j < n; j++) sum[j] += (e * a[j] + f * b[j]) + (g * c[j] + h * d[j]);
+        for (int j = 0; j < n; j++) sum[j] = fused(h, d[j], fused(g, c[j], fused(f, b[j], fused(e, a[j], sum[j]))));
     }
     for (; i < count; i++) add_row(sum, rows + (ptrdiff_t)index[i] * length, factor[i], n);
 }

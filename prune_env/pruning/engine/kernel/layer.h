@@ -19,6 +19,7 @@
 #define LANES 16
 #define COLUMNS 4 /* vectors of outputs in one tile */
 #elif defined(__AVX__)
+#include <immintrin.h>
 #define LANES 8
 #define COLUMNS 2
 #else
@@ -37,9 +38,20 @@ typedef struct {
 } Layer;
 
 /* sum[0 .. n) += factor * row[0 .. n) */
+/* a b + c, rounded once wherever the processor can: left to the compiler, vector code and what is left over behind it
+   may round differently, and which is which would depend on how threads share a sum. */
+static inline float fused(float a, float b, float c)
+{
+#ifdef __FP_FAST_FMAF
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 static inline void add_row(float *restrict sum, const float *restrict row, float factor, int n)
 {
-    for (int i = 0; i < n; i++) sum[i] += factor * row[i];
+    for (int i = 0; i < n; i++) sum[i] = fused(factor, row[i], sum[i]);
 }
 
 #endif
