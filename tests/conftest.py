@@ -16,6 +16,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests import typechecks
+
+typechecks.install()
+
 # Times vary on shared machines, so a slow example is no failure; derandomised, so that a red run can be repeated.
 settings.register_profile(
     "prune_env", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow]

@@ -149,7 +149,7 @@ def _labelled(pixels: np.ndarray, labels: Int64[np.ndarray, " n"]) -> Labelled:
     return Labelled(ArrayImages(tensor), labels)
 
 
-def _checked(pixels: np.ndarray, channels: int) -> UInt8[np.ndarray, ...]:
+def _checked(pixels: np.ndarray, channels: int) -> UInt8[np.ndarray, "image ..."]:
     shape = pixels.shape
     if pixels.dtype != np.uint8:
         raise ValueError(f"images are {pixels.dtype}, not uint8")
