@@ -42,8 +42,17 @@ KEEPS = (0.5, 0.2, 0.9, 1.0)
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("trust", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "trust"),
+    [
+        *((name, 0.5) for name in ALL),
+        *(
+            pytest.param(name, end, marks=[] if name in GATEABLE else [pytest.mark.slow])
+            for name in ALL
+            for end in (0.0, 1.0)
+        ),
+    ],
+)
 def test_skipping_gives_what_closing_gates_gives(name: str, trust: float) -> None:
     x = inputs(3)
     for keep in KEEPS if name in GATEABLE else KEEPS[:2]:

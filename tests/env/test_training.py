@@ -129,8 +129,7 @@ def test_the_same_seed_gives_the_same_network_and_another_seed_another(split):
     assert not same(results[0], results[2])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stop", [1, 7, 11])
+@pytest.mark.parametrize(("dtype", "stop"), [("float32", 1), ("float32", 11), ("bfloat16", 7)])
 def test_a_training_stopped_at_any_step_resumes_to_the_same_network(split, tmp_path, dtype, stop):
     whole = Dropping()
     report = train(whole, split, settings=settings(dtype=dtype))

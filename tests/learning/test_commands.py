@@ -96,7 +96,9 @@ def test_an_existing_or_corrupt_run_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("asked", "drawn"), [(None, 2), (3, 3), (0, 0)])
+@pytest.mark.parametrize(
+    ("asked", "drawn"), [*(pytest.param(*n, marks=pytest.mark.slow) for n in ((None, 2), (3, 3))), (0, 0)]
+)
 def test_the_report_draws_as_many_random_plans_as_it_is_told(asked: int | None, drawn: int, tmp_path: Path) -> None:
     file = weights(tmp_path / "w.safetensors")
     words = ["--weights", str(file), "--budget", "0.5", "--episodes", "2", "--threads", "1", "--runs", str(tmp_path)]

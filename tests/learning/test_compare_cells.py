@@ -160,7 +160,7 @@ def test_a_forged_record_with_a_digest_of_its_own_does_not_agree(
     assert "the record does not agree: test_accuracy is" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("method", ["cem", "td3"])
+@pytest.mark.parametrize("method", [pytest.param("cem", marks=pytest.mark.slow), "td3"])
 def test_a_cell_that_was_interrupted_goes_on_to_the_same_end(
     method: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_search_says_what_paid_it_and_its_record_can_be_replayed(
     assert (record["short_steps"], record["short_lr"], record["stop_worst"]) == (3, 0.05, 0.5)
 
 
+@pytest.mark.slow
 def test_an_agent_says_what_paid_it_and_its_record_can_be_replayed(tmp_path: Path) -> None:
     words = ["--episodes", "4", "--chunk", "2", "--short-steps", "2", *WORDS, "--threads", "1"]
     assert train.main([*words, "--runs", str(tmp_path)]) == 0

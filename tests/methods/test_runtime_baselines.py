@@ -260,7 +260,7 @@ def test_the_test_split_is_read_once_and_only_when_asked_for(
 # Budgets
 
 
-@pytest.mark.parametrize("trust", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("trust", [*(pytest.param(end, marks=pytest.mark.slow) for end in (0.0, 1.0)), 0.5])
 def test_a_budget_is_met_in_the_mean_by_the_largest_share_that_does(
     tiny: Task, trust: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
