@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jaxtyping
 import numpy as np
 import pytest
 from jaxtyping import Float, TypeCheckError
@@ -64,6 +65,7 @@ def test_a_function_inside_another_is_checked_when_it_is_first_made() -> None:
 
 
 def test_the_packages_are_checked_so() -> None:
+    assert jaxtyping.jaxtyped(typechecker=None) is checked
     with pytest.raises(TypeCheckError):
         Plan(keep=3)  # type: ignore[arg-type]
     with pytest.raises(TypeCheckError):

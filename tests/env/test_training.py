@@ -129,7 +129,13 @@ def test_the_same_seed_gives_the_same_network_and_another_seed_another(split):
     assert not same(results[0], results[2])
 
 
-@pytest.mark.parametrize(("dtype", "stop"), [("float32", 1), ("float32", 11), ("bfloat16", 7)])
+@pytest.mark.parametrize(
+    ("dtype", "stop"),
+    [
+        *(("float32", 1), ("float32", 11), ("bfloat16", 7)),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (("float32", 7), ("bfloat16", 1), ("bfloat16", 11))),
+    ],
+)
 def test_a_training_stopped_at_any_step_resumes_to_the_same_network(split, tmp_path, dtype, stop):
     whole = Dropping()
     report = train(whole, split, settings=settings(dtype=dtype))

@@ -73,11 +73,17 @@ def graph_of(kind: str) -> LayerGraph:
 
 
 @pytest.mark.parametrize(("task", "method"), PAIRS, indirect=["task"])
-@pytest.mark.parametrize(("resource", "share"), [("macs", 0.6), ("params", None)])
+@pytest.mark.parametrize(
+    ("resource", "share"),
+    [
+        *(("macs", 0.6), ("params", None)),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (("macs", None), ("params", 0.6))),
+    ],
+)
 def test_every_method_keeps_its_budget_as_torch_counts_it(
     task: Task, method: str, resource: str, share: float | None
 ) -> None:
-    """As a share or as a number: how it is written is the problem's concern, and the same for all methods."""
+    """As a share, or as a number."""
     count = {"macs": lambda network: count_macs(network, example()), "params": count_params}[resource]
     limit = share * count(task.network) if share else int(0.75 * count(task.network))
     result = prune(method, task, budget=share or limit, budget_resource=resource, **PLAIN)

@@ -26,6 +26,8 @@ ALLOCATIONS = [
     name for name, entry in METHODS.items() if entry.importance is given_scores and entry.repair is given_repair
 ]
 """Methods that only allocate. The env ranks and repairs as its problem says, so with others it arrives elsewhere."""
+SOME = ("uniform", "random", "error_curves", "cem")
+"""Of which the fast suite takes these, where what is tested is hardly the method's."""
 OPTIONS: dict[str, Any] = {"recalibrate": False, "refit": "none", "calibration_images": 96}
 
 
@@ -78,7 +80,9 @@ def test_the_env_arrives_at_the_methods_plan(task: Task, pose: Callable[[str], P
     assert Plan.from_json(info["plan"]) == prune(method, task, budget=0.5, seed=0, **OPTIONS).plan
 
 
-@pytest.mark.parametrize("method", ["uniform", "random", "error_curves", "cem"])
+@pytest.mark.parametrize(
+    "method", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in ALLOCATIONS]
+)
 def test_sb3_evaluates_a_policy_and_reports_the_methods_accuracy(
     task: Task, pose: Callable[[str], Problem], method: str
 ) -> None:

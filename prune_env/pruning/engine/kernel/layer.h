@@ -37,7 +37,6 @@ typedef struct {
     int rectify;           /* a rectifier follows */
 } Layer;
 
-/* sum[0 .. n) += factor * row[0 .. n) */
 /* a b + c, rounded once wherever the processor can: left to the compiler, vector code and what is left over behind it
    may round differently, and which is which would depend on how threads share a sum. */
 static inline float fused(float a, float b, float c)
@@ -49,6 +48,7 @@ static inline float fused(float a, float b, float c)
 #endif
 }
 
+/* sum[0 .. n) += factor * row[0 .. n) */
 static inline void add_row(float *restrict sum, const float *restrict row, float factor, int n)
 {
     for (int i = 0; i < n; i++) sum[i] = fused(factor, row[i], sum[i]);
