@@ -109,6 +109,12 @@ class Comparison:
     """Peak learning rate of that training."""
     epochs: int | None = None
     """Epochs of a dense training; the task's own by default."""
+    normalise: str | None = None
+    """How images are normalised, in all tasks: imagenet, cifar, half, none, or six numbers."""
+    search_size: int | None = None
+    """Images held out of the training split for searches; the data set's own number by default."""
+    image_size: int | None = None
+    """Side to which image files are scaled, in pixels; 224 by default."""
     schedule: str | None = None
     """Lengths of the trainings of runtime methods: digits, short, hour or paper."""
     threads: int = 1
@@ -173,9 +179,8 @@ class Comparison:
 
     def task(self, cell: Cell, *, progress: Progress | None = None) -> Task:
         """The task of a cell; its dense network is trained if it has to be."""
-        return make_task(
-            cell.task, weights=self.files.get(cell.task), seed=cell.seed, epochs=self.epochs, progress=progress
-        )
+        options = {name: getattr(self, name) for name in TASKS}
+        return make_task(cell.task, weights=self.files.get(cell.task), seed=cell.seed, progress=progress, **options)
 
     def importance_of(self, cell: Cell) -> str:
         """The importance of a cell whose method does not bring its own."""
@@ -202,13 +207,13 @@ class Comparison:
         return RuntimeTrainConfig(
             task=cell.task,
             weights=None if file is None else str(file),
-            epochs=self.epochs,
             budget=cell.budget,
             runtime_trust=trust,
             schedule=self.schedule,
             threads=self.threads,
             device=self.device,
             seed=cell.seed,
+            **{name: getattr(self, name) for name in TASKS},
         )
 
     def check_reachable(self) -> None:
@@ -221,7 +226,8 @@ class Comparison:
             Predictor.read(self.predictor)
         for name in self.tasks:
             file = self.files.get(name)
-            task = tasks.make_task(name, weights=file, epochs=None if file else 0, seed=self.seeds[0])
+            options = {name: getattr(self, name) for name in TASKS} | {"epochs": None if file else 0}
+            task = tasks.make_task(name, weights=file, seed=self.seeds[0], **options)
             graph = trace(task.network, task.example)
             steps, allowed = open_steps(graph)
             check_budgets(graph, steps, allowed, resource=self.budget_resource, values=self.budgets)
@@ -243,8 +249,11 @@ class Comparison:
         return known_fields(cls, record)
 
 
+TASKS = ("epochs", "normalise", "search_size", "image_size")
+"""Fields of a task that the comparison decides, under the same name."""
+
 DECIDED = (
-    "epochs", "budget_resource", "reward", "short_steps", "short_lr", "predictor", "refit", "recalibrate",
+    *TASKS, "budget_resource", "reward", "short_steps", "short_lr", "predictor", "refit", "recalibrate",
     "calibration_images", "fine_tune_epochs", "fine_tune_lr", "threads", "device",
 )  # fmt: skip
 """Fields of a run that the comparison decides, under the same name."""

@@ -13,6 +13,7 @@ from agents.algorithms import ALGORITHMS
 from baselines.shaping import Shaping
 from prune_env.checks import check_integer, check_name
 from prune_env.config import EnvConfig
+from prune_env.task_config import TaskConfig
 from prune_env.tasks.dense import parse_name
 
 
@@ -37,6 +38,10 @@ class TrainConfig:
     """How images are normalised: imagenet, cifar, half, none, or six numbers."""
     epochs: int | None = None
     """Epochs of the dense training; the task's own by default."""
+    search_size: int | None = None
+    """Images held out of the training split for the search; the data set's own number by default."""
+    image_size: int | None = None
+    """Side to which image files are scaled, in pixels; 224 by default."""
     budget: float = 0.5
     """Share of the dense network's resource in (0, 1], or an absolute number above 1."""
     budget_resource: str = "macs"
@@ -136,7 +141,7 @@ class TrainConfig:
         """The environment's part."""
         names = {f.name for f in dataclasses.fields(self)}
         outer = {f.name for f in dataclasses.fields(EnvConfig)} & names - {"task"}
-        inner = {"task", "network", "weights", "normalise", "seed", "epochs"}
+        inner = {f.name for f in dataclasses.fields(TaskConfig)} & names
         return EnvConfig.of(**{name: getattr(self, name) for name in sorted(outer | inner)})
 
     def shaping(self) -> Shaping | None:

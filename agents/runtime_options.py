@@ -14,6 +14,7 @@ from prune_env.checks import check_name
 from prune_env.config import make_task
 from prune_env.gates import LEARNING_RATE
 from prune_env.runtime_config import RuntimeConfig
+from prune_env.task_config import TaskConfig
 from prune_env.tasks.task import Task
 
 
@@ -81,6 +82,10 @@ class RuntimeTrainConfig:
     """How images are normalised: imagenet, cifar, half, none, or six numbers."""
     epochs: int | None = None
     """Epochs of the dense training; the task's own by default."""
+    search_size: int | None = None
+    """Images held out of the training split for the search; the data set's own number by default."""
+    image_size: int | None = None
+    """Side to which image files are scaled, in pixels; 224 by default."""
     budget: float = 0.5
     """Share of the dense macs in (0, 1] that images may cost in the mean, or a number of macs above 1."""
     keep: float | None = None
@@ -133,7 +138,8 @@ class RuntimeTrainConfig:
 
     def env(self) -> RuntimeConfig:
         """The environment's part."""
-        names = ("network", "weights", "normalise", "epochs", "seed", "runtime_trust", "static_importance")
+        of_task = {f.name for f in dataclasses.fields(TaskConfig)} & {f.name for f in dataclasses.fields(self)}
+        names = of_task - {"task"} | {"runtime_trust", "static_importance"}
         # What a share costs is known only once there is a network.
         budget = self.budget if self.keep is None else 1.0
         return RuntimeConfig.of(
