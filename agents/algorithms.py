@@ -17,6 +17,9 @@ What a search of 200 episodes needs is not what a million steps of control need;
 - **Imitation**: after each round the actor also takes a few steps toward the actions of the best episodes
   (self-imitation, Oh et al. 2018), so that the deterministic policy ends where the search found its best plans.
 
+`td3_surrogate` is `td3` in all but this: what is neither a known plan nor the learner's own is not disturbed or random,
+but what a Gaussian process over all episodes so far expects the largest improvement of (`baselines.surrogate`).
+
 None of this holds for `amc` and `amc_paper`, which are a published baseline: see `baselines.amc`.
 """
 
@@ -28,7 +31,7 @@ from sb3_contrib import TQC
 from stable_baselines3 import DDPG, PPO, SAC, TD3
 
 from agents.amc import amc_of
-from agents.exploration import Guided
+from agents.exploration import Guided, Surrogated
 from agents.learner import Algorithm, OnPolicy
 from baselines import amc
 
@@ -38,6 +41,7 @@ SMALL = {"net_arch": [64, 64]}
 ALGORITHMS: dict[str, Algorithm] = {
     "ddpg": Algorithm(DDPG, settings=OFF_POLICY, policy=SMALL),
     "td3": Algorithm(TD3, settings=OFF_POLICY, policy=SMALL),
+    "td3_surrogate": Algorithm(TD3, explorer=Surrogated, settings=OFF_POLICY, policy=SMALL),
     "sac": Algorithm(SAC, settings=OFF_POLICY | {"ent_coef": 0.002}, policy=SMALL),
     "tqc": Algorithm(TQC, settings=OFF_POLICY | {"ent_coef": 0.002}, policy=SMALL | {"n_quantiles": 11}),
     "ppo": Algorithm(

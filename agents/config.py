@@ -74,7 +74,8 @@ class TrainConfig:
     calibration_images: int = 512
     """Training images for recalibration, refit and data-driven importance."""
     algorithm: str = "td3"
-    """Who learns: ddpg, td3, sac, tqc or ppo; amc (scaled down) or amc_paper, with defaults of their own."""
+    """Who learns: ddpg, td3, sac, tqc or ppo; td3_surrogate, which shares a run with a Gaussian process; amc (scaled
+    down) or amc_paper, with defaults of their own."""
     shape: str | None = None
     """Shaper, NAME[:WEIGHT[:EPISODES]]: a paper's potential on the way to the reward, in units of what is learned from;
     with EPISODES it fades to zero over so many. Names: importance, polarization, scop, provable_filter_pruning,

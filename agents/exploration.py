@@ -1,9 +1,9 @@
-"""Where an episode's actions come from: known plans, random ones, the best disturbed, or the learner with noise."""
+"""Where an episode's actions come from: known plans, random ones, the best disturbed or guessed, or the learner."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,6 +13,7 @@ from agents.view import actions_of, kept_by
 from baselines import amc
 from baselines.method import case_of
 from baselines.search import KNOWN
+from baselines.surrogate import promising
 from prune_env.envs.dynamics import Problem
 
 SIGMA_START, SIGMA_END = 0.4, 0.05
@@ -32,7 +33,7 @@ class Draft:
     """How one episode will be played.
 
     Attributes:
-        source: `uniform` or another known plan's name, `random`, `disturbed best`, or `policy`.
+        source: `uniform` or another known plan's name, `random`, `disturbed best`, `surrogate`, or `policy`.
         script: `[steps]` actions fixed beforehand; None leaves them to the learner.
         noise: `[steps]` width of the noise on the learner's action; 0 for none.
         rng: Draws that noise.
@@ -102,6 +103,33 @@ class Guided:
         """Whether actions lead to a plan that the run has measured already."""
         measured = {tuple(episode.counts[step] for step in self.problem.steps) for episode in memory.episodes}
         return lambda actions: kept_by(self.problem, actions) in measured
+
+
+class Surrogated:
+    """As `Guided`, but all that is neither known nor the learner's own is what a surrogate finds most promising.
+
+    The surrogate learns from every episode, the learner's own included, and the learner from its episodes.
+
+    Args:
+        problem: What is decided; its actions are relative to the even share.
+        episodes: Of the whole run.
+        guided: Episodes of the warm-up.
+    """
+
+    def __init__(self, problem: Problem, *, episodes: int, guided: int) -> None:
+        self.problem, self.usual = problem, Guided(problem, episodes=episodes, guided=guided)
+        self.choices = case_of(KNOWN[0], problem).choices
+
+    def draft(self, number: int, memory: Memory, rng: np.random.Generator) -> Draft:
+        """Plan an episode."""
+        usual = self.usual.draft(number, memory, rng)
+        if usual.script is None or usual.source in self.usual.known:
+            return usual
+        counts = np.array([episode.counts for episode in memory.episodes])[:, list(self.problem.steps)]
+        rewards = np.array([episode.reward for episode in memory.episodes])
+        measured = {tuple(row) for row in counts.tolist()}
+        found = promising(self.choices, counts / self.choices.full, rewards, measured, rng)
+        return replace(usual, source="surrogate", script=actions_of(self.problem, found))
 
 
 def known_actions(problem: Problem) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from agents.episode import Episode
 from prune_env.envs.dynamics import Problem
 
 BLUE, ORANGE, GREY, GREEN, SKY = "#0072B2", "#E69F00", "#999999", "#009E73", "#56B4E9"
-SOURCES = {"policy": BLUE, "disturbed best": SKY, "random": GREY}
+SOURCES = {"policy": BLUE, "disturbed best": SKY, "surrogate": SKY, "random": GREY}
 """Colour of an episode's dot by where its actions came from; known plans are orange."""
 
 
@@ -57,7 +57,7 @@ def learning_figure(
     axes = figure.add_subplot()
     groups = {name: [e for e in episodes if e.source == name] for name in sources}
     groups["known plans"] = [e for e in episodes if e.source not in sources]
-    for name, some in groups.items():
+    for name, some in {name: some for name, some in groups.items() if some}.items():
         colour = sources.get(name, ORANGE)
         axes.scatter([e.number for e in some], [e.accuracy for e in some], s=11, alpha=0.75, color=colour, label=name)
     ranks = [max(episodes[: i + 1], key=lambda e: e.rank).accuracy for i in range(len(episodes))]

@@ -25,7 +25,7 @@ class SearchConfig(TrainConfig):
     program: ClassVar[str] = "agents.search_baselines"
 
     algorithm: Annotated[str, arg(name="method")] = "cem"
-    """Who searches: random_search, cem, evolution, annealing or netadapt."""
+    """Who searches: random_search, cem, evolution, annealing, netadapt or bayesian."""
     episodes: Annotated[int, arg(name="evaluations")] = 100
     """Networks that are cut and measured."""
     hard_budget: Suppress[bool] = True

@@ -52,6 +52,7 @@ METHODS: dict[str, Method] = {
     "evolution": search_method("evolution"),
     "annealing": search_method("annealing"),
     "netadapt": search_method("netadapt"),
+    "bayesian": search_method("bayesian"),
 }
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from baselines import allocate, heuristics
 from baselines.allocate import Counts
 from baselines.method import Case, Method, plan_of
+from baselines.surrogate import promising
 from baselines.trials import EVALUATIONS, Optimiser, Search, Shares, Value, check_evaluations, plain
 from prune_env.checks import check_name
 from prune_env.pruning.measure import Budget, Measurement
@@ -159,6 +160,18 @@ class _UnmeasuredError(Exception):
         self.counts = counts
 
 
+def bayesian(search: Search, rng: np.random.Generator, width: float) -> Counts:
+    """Of plans near the best ones, the one that a Gaussian process expects the largest improvement of.
+
+    Chen et al. 2018 (ECCV, "Constraint-Aware Deep Neural Network Compression") searched ratios so. Deviations: costs
+    are known here, so that every candidate spends the budget and no constraint is cooled; candidates are local.
+    """
+    if width > 1:  # nothing of what was promising was new: few plans are left, and any will do
+        return allocate.scaled(search.choices, _mutated(search.shares[search.ranking[0]], rng, width * MUTATION))
+    values = np.array([trial.value[0] for trial in search.trials])
+    return promising(search.choices, search.shares, values, search.measured, rng)
+
+
 OPTIMISERS: dict[str, Optimiser] = {
     "random_search": Optimiser(
         "random_search",
@@ -172,6 +185,9 @@ OPTIMISERS: dict[str, Optimiser] = {
         "annealing", "Liu et al. 2020 (AutoCompress, arXiv 1907.03141): annealing", annealing, KNOWN
     ),
     "netadapt": Optimiser("netadapt", "Yang et al. 2018 (NetAdapt, arXiv 1804.03230): greedy descent", netadapt, KNOWN),
+    "bayesian": Optimiser(
+        "bayesian", "Chen et al. 2018 (ECCV): expected improvement under a Gaussian process", bayesian, KNOWN
+    ),
 }
 
 

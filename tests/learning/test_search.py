@@ -100,6 +100,17 @@ def test_the_first_episodes_are_the_known_plans_and_the_record_says_so(tmp_path:
     assert {episode.source for episode in memory.episodes[6:]} == {"policy", "disturbed best"}
 
 
+def test_a_surrogate_takes_the_place_of_disturbed_and_random_plans_alone(tmp_path: Path) -> None:
+    config = replace(CONFIG, algorithm="td3_surrogate")
+    usual, _, _ = run(toy(), CONFIG, RunFolder.create(tmp_path / "usual", CONFIG))
+    memory, _, _ = run(toy(), config, RunFolder.create(tmp_path / "own", config))
+    names = {"random": "surrogate", "disturbed best": "surrogate"}
+    assert [e.source for e in memory.episodes] == [names.get(e.source, e.source) for e in usual.episodes]
+    assert "surrogate" in {episode.source for episode in memory.episodes}
+    plans = [episode.counts for episode in memory.episodes if episode.source != "policy"]
+    assert len(plans) == len(set(plans))
+
+
 def test_two_seeds_differ(tmp_path: Path) -> None:
     other = replace(CONFIG, seed=1)
     one, _, _ = run(toy(), CONFIG, RunFolder.create(tmp_path / "a", CONFIG))

@@ -30,7 +30,7 @@ def test_only_greedy_evaluates_and_not_more_than_it_says(problem: Problem) -> No
         counts_of(method, problem)
         asked = problem.evaluator.evaluations - before
         if name in OPTIMISERS:
-            assert 0 < asked <= 8  # a plan that was measured before costs nothing
+            assert asked <= 8  # a plan that another one measured before costs nothing
             continue
         assert (0 < asked <= (GREEDY_ROUNDS + 1) * len(problem.steps)) if name == "greedy" else asked == 0
 

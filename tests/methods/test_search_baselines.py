@@ -21,7 +21,7 @@ from prune_env.pruning.measure import Budget, Measurement
 from tests.learning.toy import exhausted, toy
 from tests.methods.test_allocate import Drawn, chains, levels_of, sums
 
-LOOKING = ("cem", "evolution", "annealing", "netadapt")
+LOOKING = ("cem", "evolution", "annealing", "netadapt", "bayesian")
 """Those that use what they are told."""
 TABLE = dict(METHODS)
 """As users find it; inside a test, the searches of `METHODS` are short ones."""
@@ -89,7 +89,7 @@ def test_what_is_asked_next_depends_on_the_trials_alone_and_they_survive_json(na
         assert finish(again, landscape(problem)).trials == whole.trials
 
 
-@pytest.mark.parametrize("name", ["random_search", "cem", "evolution", "annealing"])
+@pytest.mark.parametrize("name", ["random_search", "cem", "evolution", "annealing", "bayesian"])
 def test_the_same_seed_asks_the_same_and_another_one_does_not(name: str) -> None:
     problem = toy()
     first = begin(name, case(problem), evaluations=30)
@@ -98,7 +98,7 @@ def test_the_same_seed_asks_the_same_and_another_one_does_not(name: str) -> None
     assert plans[0] != plans[2]
 
 
-@pytest.mark.parametrize("name", ["random_search", "cem", "evolution"])
+@pytest.mark.parametrize("name", ["random_search", "cem", "evolution", "bayesian"])
 def test_more_evaluations_go_on_where_fewer_end(name: str) -> None:
     problem = toy()
     first = begin(name, case(problem))
@@ -111,7 +111,7 @@ def test_more_evaluations_go_on_where_fewer_end(name: str) -> None:
 def test_sixty_evaluations_beat_greedy_and_random_where_the_best_plan_is_known(name: str) -> None:
     """The best of 20,637 plans is worth .533; uniform .458, greedy .449 (41 evaluations), 60 random plans .482.
 
-    Means of six seeds with 60 evaluations: cem .522, evolution .528, annealing .522, netadapt .511.
+    Means of six seeds with 60 evaluations: cem .522, evolution .528, annealing .522, netadapt .511, bayesian .533.
     """
     problem = toy()
     greedy = landscape(problem)(GREEDY.allocate(case(problem)))
