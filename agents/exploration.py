@@ -108,7 +108,8 @@ class Guided:
 class Surrogated:
     """As `Guided`, but all that is neither known nor the learner's own is what a surrogate finds most promising.
 
-    The surrogate learns from every episode, the learner's own included, and the learner from its episodes.
+    The surrogate learns from every episode, the learner's own included, and the learner from its episodes. Its plans
+    spend the budget, also where that is soft.
 
     Args:
         problem: What is decided; its actions are relative to the even share.
