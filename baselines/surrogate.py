@@ -1,14 +1,13 @@
 """A surrogate: what the measured plans say about one that was not, how sure that is, and which is worth measuring.
 
 A Gaussian process over the logarithms of the shares that groups keep (Rasmussen and Williams 2006, algorithm 2.1), with
-the Matern 5/2 kernel that Snoek et al. 2012 (arXiv 1206.2944) chose for tuning. Cheap where evaluations are not: some
-hundred plans are known in a second. Of plans near the best ones it picks that with the largest expected improvement
-(Jones, Schonlau and Welch 1998, EGO, eq. 15). Only near them: far from everything measured a process knows nothing but
-that it knows nothing, and in ten dimensions or more nearly all there is lies far (Eriksson et al. 2019, TuRBO, arXiv
-1910.01739).
+the Matern 5/2 kernel that Snoek et al. 2012 (arXiv 1206.2944) chose for tuning. Cheap where evaluations are not: it
+learns from some hundred plans in a fraction of a second. Of plans near the best ones it picks that with the largest
+expected improvement (Jones, Schonlau and Welch 1998, EGO, eq. 15). Only near them: far from everything measured a
+process knows nothing but that it knows nothing, and in ten dimensions or more nearly all there is lies far (Eriksson et
+al. 2019, TuRBO, arXiv 1910.01739).
 
-The constants were tried on a process fitted to 3,100 measured plans of a ResNet-20: half the reach or an eighth of the
-candidates gave the same there, and ranks in place of values, or values cut off below the median, worse.
+The constants were chosen on a made-up landscape, a smooth one like that of a ResNet-20; none mattered much there.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Settings:
     """Task name."""
     weights: str | None = None
     """File with the dense weights; without it the network is trained, or loaded from the cache."""
-    methods: tuple[str, ...] = (*OPTIMISERS, "td3", "amc")
+    methods: tuple[str, ...] = (*OPTIMISERS, "td3", "td3_surrogate", "amc")
     """Methods of `agents.search_baselines` and algorithms of `agents.train`."""
     evaluations: tuple[int, ...] = (100, 400)
     """Networks that each run cuts and measures."""
