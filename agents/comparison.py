@@ -17,6 +17,7 @@ from agents.config import TrainConfig, known_fields
 from agents.runtime_options import RuntimeTrainConfig
 from agents.search_config import SearchConfig
 from baselines.search import OPTIMISERS
+from prune_env.checks import epochs_of
 from prune_env.config import make_task
 from prune_env.envs.dynamics import check_budgets, open_steps
 from prune_env.envs.predictor import Predictor
@@ -103,8 +104,8 @@ class Comparison:
     """Its peak learning rate."""
     predictor: str | None = None
     """File that the reward predicted reads."""
-    fine_tune_epochs: int = 0
-    """Epochs of training after the cut, the same for every row."""
+    fine_tune_epochs: int | float = 0
+    """Epochs of training after the cut, the same for every row; below 1 a pass over that share of the images."""
     fine_tune_lr: float = 0.05
     """Peak learning rate of that training."""
     epochs: int | None = None
@@ -129,6 +130,7 @@ class Comparison:
         for name in LISTS:
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; at least one value is needed")
+        object.__setattr__(self, "fine_tune_epochs", epochs_of("fine_tune_epochs", self.fine_tune_epochs))
         object.__setattr__(self, "budgets", tuple(float(budget) for budget in self.budgets))
         if self.predictor is not None:
             object.__setattr__(self, "predictor", str(Path(self.predictor).expanduser().resolve()))

@@ -196,5 +196,5 @@ def _share(budget: float) -> str:
     return f"{100 * budget:.3g} %" if budget <= 1 else f"{budget:,.0f}"
 
 
-def _count(number: int, noun: str) -> str:
+def _count(number: int | float, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from agents.algorithms import ALGORITHMS
 from baselines.shaping import Shaping
-from prune_env.checks import check_integer, check_name
+from prune_env.checks import check_integer, check_name, epochs_of
 from prune_env.config import EnvConfig
 from prune_env.task_config import TaskConfig
 from prune_env.tasks.dense import parse_name
@@ -87,8 +87,9 @@ class TrainConfig:
     random_plans: int | None = None
     """Random feasible plans of which the best is the row `random` of the report, each a measured network; as many as
     episodes by default, 0 for no such row."""
-    fine_tune_epochs: int = 0
-    """Epochs of training, at the end, for the networks of all plans but the policy's."""
+    fine_tune_epochs: int | float = 0
+    """Epochs of training, at the end, for the networks of all plans but the policy's; below 1 a pass over that share of
+    the training images."""
     fine_tune_lr: float = 0.05
     """Peak learning rate of that training."""
     workers: int = 1
@@ -110,7 +111,8 @@ class TrainConfig:
         for seed in self.seeds:
             check_integer("seeds", seed, least=0)
         self.check_algorithm()
-        for name, least in (("episodes", 1), ("workers", 1), ("chunk", 1), ("fine_tune_epochs", 0)):
+        object.__setattr__(self, "fine_tune_epochs", epochs_of("fine_tune_epochs", self.fine_tune_epochs))
+        for name, least in (("episodes", 1), ("workers", 1), ("chunk", 1)):
             check_integer(name, getattr(self, name), least=least)
         for name, least in (("warm_up", 0), ("random_plans", 0), ("threads", 1)):
             if getattr(self, name) is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 from torch import nn
 
@@ -124,7 +126,7 @@ def fine_tuned(
     Args:
         network: It is left as it is.
         task: On whose training split.
-        config: Says epochs, learning rate, seed and device.
+        config: Says epochs (below 1: the first so many images of the split, once), learning rate, seed and device.
         checkpoint: File to write after each epoch, and to go on from.
         progress: Told about every step.
 
@@ -133,9 +135,10 @@ def fine_tuned(
     """
     # the evaluator may hand out a network whose tensors do not require gradients
     trained = copy.deepcopy(network).requires_grad_(True)
+    images = math.ceil(len(task.train) * min(config.fine_tune_epochs, 1))
     train(
         trained,
-        task.train,
+        task.train.at(torch.arange(images)) if images < len(task.train) else task.train,
         settings=fine_tune_settings(task, config),
         progress=progress,
         checkpoint=checkpoint,
@@ -146,7 +149,7 @@ def fine_tuned(
 
 def fine_tune_settings(task: Task, config: TrainConfig) -> TrainSettings:
     """The dense training's recipe, shorter and with a lower peak."""
-    own = recipe(task.data, task.network_name, seed=config.seed, epochs=config.fine_tune_epochs)
+    own = recipe(task.data, task.network_name, seed=config.seed, epochs=math.ceil(config.fine_tune_epochs))
     return replace(own, lr=config.fine_tune_lr)
 
 

@@ -26,6 +26,13 @@ def check_integer(what: str, value: object, *, least: int) -> None:
         raise ValueError(f"{what} is {value!r}; an integer of at least {least} is allowed")
 
 
+def epochs_of(what: str, value: object) -> int | float:
+    """A length of fine-tuning: whole epochs as an integer, or the share of the images of a single pass below one."""
+    if is_number(value) and (0 < value < 1 or (value >= 0 and value == int(value))):
+        return value if value < 1 and value else int(value)
+    raise ValueError(f"{what} is {value!r}; a whole number, or a share of one epoch in (0, 1) is allowed")
+
+
 def is_number(value: object) -> bool:
     """Whether it is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
