@@ -43,6 +43,7 @@ def settings(folder: Path, **changes: Any) -> Settings:
     return dataclasses.replace(usual, **changes)
 
 
+@pytest.mark.slow
 def test_runs_differ_by_their_shaper_alone_and_are_made_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,6 +46,7 @@ def of(runs: Path, row: str, aim: str = "0.5") -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_every_row_has_the_same_epochs_and_uniform_spends_them_on_fine_tuning(runs: Path) -> None:
     cuts = [one for one in recorded(table(runs)) if one["row"] in trained_cells.CUTS]
     assert {one["prepare_epochs"] + one["fine_tune_epochs"] for one in cuts} == {2}
@@ -63,6 +64,7 @@ def test_the_published_share_of_the_epochs_prepares() -> None:
     assert searching.keywords == {"budget": 0.5, "epochs": 6}
 
 
+@pytest.mark.slow
 def test_budgets_hold_and_uniform_meets_what_a_method_found(runs: Path) -> None:
     for row in ("uniform", "polarization", "scop"):
         assert of(runs, row)["macs_share"] <= 0.5
@@ -70,6 +72,7 @@ def test_budgets_hold_and_uniform_meets_what_a_method_found(runs: Path) -> None:
     assert met <= of(runs, "polarization", OWN)["macs_share"] < met + 0.05
 
 
+@pytest.mark.slow
 def test_a_cells_folder_holds_the_plan_and_the_network_that_were_measured(runs: Path) -> None:
     cell, bench = Cell("scop", "0.5", 0), table(runs).bench(0)
     folder, record = table(runs).folder(cell), of(runs, "scop")
@@ -82,6 +85,7 @@ def test_a_cells_folder_holds_the_plan_and_the_network_that_were_measured(runs: 
     assert sorted(path.name for path in folder.iterdir()) == ["network", "plan.json"]
 
 
+@pytest.mark.slow
 def test_what_is_recorded_is_not_made_again(
     runs: Path, trained_no_more: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +97,7 @@ def test_what_is_recorded_is_not_made_again(
     assert str(runs) not in json.dumps(recorded(table(runs)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["polarization", "grda"])
 def test_a_killed_cell_goes_on_to_the_same_record(row: str, runs: Path, tmp_path: Path) -> None:
     aim = OWN if row == "polarization" else ""
@@ -110,6 +115,7 @@ def test_a_killed_cell_goes_on_to_the_same_record(row: str, runs: Path, tmp_path
     assert again == of(runs, row, aim)
 
 
+@pytest.mark.slow
 def test_a_record_of_other_settings_is_refused(runs: Path) -> None:
     file = table(runs).record(Cell("sgd", "", 0))
     whole = file.read_text()
@@ -191,6 +197,7 @@ def test_the_pictures_say_what_their_data_say() -> None:
     assert "-1.00 points against SGD" in title(paper_pictures.sparsity_figure("a task", grda, sgd))
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_from_the_cells(runs: Path, trained_no_more: None, tmp_path: Path) -> None:
     settings = paper_pictures.PictureSettings(
         **vars(table(runs)), pictures=("betas", "sparsity", "gates"), out=tmp_path
@@ -203,6 +210,7 @@ def test_pictures_are_drawn_from_the_cells(runs: Path, trained_no_more: None, tm
         dataclasses.replace(settings, pictures=("gate",))
 
 
+@pytest.mark.slow
 def test_where_gates_open_is_a_share_of_the_channels_at_each_position(runs: Path) -> None:
     bench = table(runs).bench(0)
     settings = trained_cells.channel_gating.scaled(bench.task, target=1.0, epochs=2, seed=0)

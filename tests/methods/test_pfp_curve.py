@@ -34,6 +34,7 @@ def settings(folder: Path, **changes: Any) -> Settings:
     return dataclasses.replace(usual, **changes)
 
 
+@pytest.mark.slow
 def test_a_row_is_a_file(folder: Path) -> None:
     rows = pfp_curve.rows_of(settings(folder))
     keys = [(row["resource"], row["budget"], row["method"]) for row in rows]
@@ -45,6 +46,7 @@ def test_a_row_is_a_file(folder: Path) -> None:
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also where the weights lie somewhere else."""
     monkeypatch.setattr(pfp_curve, "make_task", lambda *_, **__: pytest.fail("measured again"))
@@ -55,12 +57,14 @@ def test_only_what_is_missing_is_measured(folder: Path, monkeypatch: pytest.Monk
         pfp_curve.main(settings(folder, budgets=(0.6, 0.5)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"fine_tune_epochs": 2}, {"seed": 1}, {"weights": "other.safetensors"}])
 def test_rows_of_other_conditions_are_refused(folder: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"has {next(iter(changes))} .*choose another folder"):
         pfp_curve.main(settings(folder, **changes))
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_of_nothing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no row"):
         pfp_curve.main(settings(folder, out=tmp_path, only_print=True))

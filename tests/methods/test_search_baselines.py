@@ -107,7 +107,9 @@ def test_more_evaluations_go_on_where_fewer_end(name: str) -> None:
     assert long.best.value >= short.best.value
 
 
-@pytest.mark.parametrize("name", LOOKING)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "bayesian")) for name in LOOKING]
+)
 def test_sixty_evaluations_beat_greedy_and_random_where_the_best_plan_is_known(name: str) -> None:
     """The best of 20,637 plans is worth .533; uniform .458, greedy .449 (41 evaluations), 60 random plans .482.
 
