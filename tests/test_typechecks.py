@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jaxtyping import Float, TypeCheckError
 
-from baselines.allocate import threshold
+from baselines.allocate import protected
 from prune_env.pruning.plan import Plan
-from tests.typechecks import checked
+from tests.typechecks import OFTEN, ONE_IN, checked
 
 Weights = Float[np.ndarray, " n"]
 
@@ -64,9 +64,23 @@ def test_a_function_inside_another_is_checked_when_it_is_first_made() -> None:
     assert second(1) == 1  # type: ignore[arg-type, comparison-overlap]
 
 
+def test_what_is_called_very_often_is_checked_now_and_then() -> None:
+    @checked
+    def summed(a: Weights) -> float:
+        return float(np.sum(a))
+
+    refused = []
+    for call in range(OFTEN + 3 * ONE_IN):
+        try:
+            assert summed(np.ones((2, 2))) == 4.0
+        except TypeCheckError:
+            refused.append(call)
+    assert refused == [*range(OFTEN), *range(OFTEN, OFTEN + 3 * ONE_IN, ONE_IN)]
+
+
 def test_the_packages_are_checked_so() -> None:
     assert jaxtyping.jaxtyped(typechecker=None) is checked
     with pytest.raises(TypeCheckError):
         Plan(keep=3)  # type: ignore[arg-type]
     with pytest.raises(TypeCheckError):
-        threshold(3, ())  # type: ignore[arg-type]
+        protected(3, ())  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -214,29 +215,24 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
 
 
-def test_a_fresh_process_loads_with_allow_or_after_importing_the_class(tmp_path: Path):
+def test_a_fresh_process_loads_with_allow_or_after_importing_the_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "my_nets.py").write_text(MINE)
+    mine = ModuleType("my_nets")
+    exec(MINE, vars(mine))
+    monkeypatch.setitem(sys.modules, "my_nets", mine)
+    x = torch.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 8, 8)
+    for name, options in (("simple", {}), ("richer", {"mode": mine.Mode.LOUD, "act": mine.double})):
+        network = mine.Net(**options).eval()
+        save(network, Plan({}), tmp_path / name)
+        torch.save(network(x).detach(), tmp_path / f"{name}.pt")
     code = f"""
 import sys, torch
 from pathlib import Path
-from prune_env.pruning.archive import load, save
-from prune_env.pruning.plan import Plan
+from prune_env.pruning.archive import load
 folder = Path({str(tmp_path)!r})
 x = torch.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 8, 8)
-"""
-    made = run(
-        f"""{code}
-import my_nets
-for name, options in (("simple", {{}}), ("richer", dict(mode=my_nets.Mode.LOUD, act=my_nets.double))):
-    network = my_nets.Net(**options).eval()
-    save(network, Plan({{}}), folder / name)
-    torch.save(network(x).detach(), folder / f"{{name}}.pt")
-""",
-        tmp_path,
-    )
-    assert made.returncode == 0, made.stderr
-    loaded = run(
-        f"""{code}
 def refused(name, **options):
     try:
         load(folder / name, **options)
@@ -251,9 +247,8 @@ assert same("simple", allow=("my_nets",)) and same("simple", allow="my_nets")
 assert same("simple")
 assert "my_nets:" in refused("richer")
 assert same("richer", allow=("my_nets",))
-""",
-        tmp_path,
-    )
+"""
+    loaded = run(code, tmp_path)
     assert loaded.returncode == 0, loaded.stderr
 
 

@@ -120,6 +120,7 @@ def test_after_the_warm_up_each_stored_step_is_followed_by_an_update_at_two_cons
     assert np.isfinite(float(learner.model.baseline))
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_whose_replay_is_full_ends_like_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

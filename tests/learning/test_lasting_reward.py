@@ -26,6 +26,7 @@ def problem() -> Problem:
     return problem_of(make_task_of(RACE), RACE)
 
 
+@pytest.mark.slow
 def test_an_interrupted_race_ends_like_one_that_was_not(problem: Problem, tmp_path: Path) -> None:
     whole = RunFolder.create(tmp_path / "whole", RACE)
     memory = play(problem, RACE, whole)

@@ -54,6 +54,7 @@ def test_every_command_makes_the_same_task_of_the_sizes_it_is_told(folder: Path)
         assert str(task.normalise) == "0.5,0.5,0.5,0.5,0.5,0.5", name
 
 
+@pytest.mark.slow
 def test_a_run_on_ones_own_images_ends_and_says_how_large_they_are(folder: Path, tmp_path: Path) -> None:
     words = ["--task", "imagefolder-resnet20", "--image-size", "12", "--search-size", "9", "--epochs", "0"]
     few = ["--budget", "0.5", "--episodes", "2", "--random-plans", "0", "--calibration-images", "16", "--threads", "1"]

@@ -179,6 +179,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_does(
         assert (torn / file).read_bytes() == (tmp_path / "whole" / torn.name / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(task: Task, tmp_path: Path, whole: dict[str, torch.Tensor]) -> None:
     config = RuntimeTrainConfig(epochs=0, images_at_once=16, static_batches=4, threads=1, seed=1)
     found = ended(RuntimeLearner(task, config, tmp_path))

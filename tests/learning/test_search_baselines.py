@@ -52,7 +52,10 @@ def lines(run: RunFolder) -> str:
     return (run.path / "episodes.csv").read_text()
 
 
-@pytest.mark.parametrize("method", OPTIMISERS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("annealing", "bayesian"))) for name in OPTIMISERS],
+)
 def test_an_interrupted_run_ends_like_one_that_was_not(method: str, tmp_path: Path) -> None:
     whole = RunFolder.create(tmp_path / "whole", config(method))
     memory = play(toy(), whole.config, whole)

@@ -123,7 +123,7 @@ def test_a_finished_run_without_a_record_is_only_read(folder: Path, run_no_more:
     assert search_table.recorded(again) == search_table.recorded(settings(folder))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [METHODS[0], pytest.param(METHODS[1], marks=pytest.mark.slow)])
 def test_an_interrupted_run_leaves_no_record_and_goes_on_to_the_same_end(
     method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -488,7 +488,7 @@ def test_new_weights_start_from_the_published_scale_and_leave_the_task_alone() -
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("network", ["cnn", "resnet20"])
+@pytest.mark.parametrize("network", ["cnn", pytest.param("resnet20", marks=pytest.mark.slow)])
 def test_the_whole_method_cuts_what_it_masks_keeps_a_channel_and_the_budget(
     name: str, network: str, task: Task, tmp_path: Path
 ) -> None:

@@ -22,6 +22,8 @@ from tests.learning.toy import exhausted, toy
 from tests.methods.test_allocate import Drawn, chains, levels_of, sums
 
 LOOKING = ("cem", "evolution", "annealing", "netadapt", "bayesian")
+QUICK = [pytest.param(name, marks=[pytest.mark.slow] * (name == "bayesian")) for name in OPTIMISERS]
+"""Without the one that fits a process before every plan it asks for."""
 """Those that use what they are told."""
 TABLE = dict(METHODS)
 """As users find it; inside a test, the searches of `METHODS` are short ones."""
@@ -76,7 +78,7 @@ def test_exactly_so_many_networks_are_measured_and_no_other(name: str, evaluatio
     assert choices_of(problem, problem.budget_of(problem.value)).fits(counts)
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", QUICK)
 def test_what_is_asked_next_depends_on_the_trials_alone_and_they_survive_json(name: str) -> None:
     problem = toy()
     first = begin(name, case(problem), evaluations=24)
@@ -107,9 +109,7 @@ def test_more_evaluations_go_on_where_fewer_end(name: str) -> None:
     assert long.best.value >= short.best.value
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "bayesian")) for name in LOOKING]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "cem")) for name in LOOKING])
 def test_sixty_evaluations_beat_greedy_and_random_where_the_best_plan_is_known(name: str) -> None:
     """The best of 20,637 plans is worth .533; uniform .458, greedy .449 (41 evaluations), 60 random plans .482.
 
