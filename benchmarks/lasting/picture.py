@@ -30,7 +30,7 @@ def figure(
         title: The takeaway.
         taus: Budget -> every candidate with its tau.
         fronts: Budget -> the candidates to name, from cheap to dear.
-        ceilings: Budget -> tau between two seeds of the truth, where it is known.
+        ceilings: Budget -> tau that the noise of one seed leaves a perfect score, where it is known.
     """
     drawn = Figure(figsize=(1.6 + 5.4 * len(taus), 5.4), layout="constrained", facecolor="white")
     axes = drawn.subplots(1, len(taus), sharey=True, squeeze=False)[0]
@@ -51,7 +51,7 @@ def _panel(
     axes: Axes, some: Sequence[tuple[Candidate, Estimate]], *, front: Sequence[str], ceiling: float | None
 ) -> None:
     if ceiling is not None:
-        axes.axhline(ceiling, color="black", linestyle="--", linewidth=1, label="another seed of the fine-tuning")
+        axes.axhline(ceiling, color="black", linestyle="--", linewidth=1, label="all that the noise of one seed leaves")
     axes.axhline(0, color=GREY, linewidth=0.6)
     at = {one.name: (max(one.cpu_s, FREE), tau) for one, tau in some}
     for kind, (colour, marker) in LOOKS.items():

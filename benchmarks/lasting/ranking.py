@@ -128,8 +128,8 @@ class Spread:
         deviation: Standard deviation between plans.
         pairs: Plans with two seeds.
         noise: Standard deviation of one fine-tuning around its plan's mean; None without pairs.
-        ceiling: Tau between the two seeds: no score can be expected above what the truth says of itself; None with
-            fewer than three pairs.
+        ceiling: Tau that a score which knew every plan's mean over seeds is expected to have with one seed's truth;
+            None without pairs.
     """
 
     plans: int
@@ -152,6 +152,12 @@ def spread(first: dict[str, float], second: dict[str, float]) -> Spread:
     both = sorted(first.keys() & second.keys())
     one, other = (np.array([seeds[name] for name in both]) for seeds in (first, second))
     noise = float(np.sqrt(np.mean((one - other) ** 2 / 2))) if both else None
-    ceiling = tau(one, other) if len(both) > 2 else None
-    ends = float(values.min()), float(values.max())
-    return Spread(len(values), *ends, float(values.std(ddof=1)), len(both), noise, ceiling)
+    deviation, ends = float(values.std(ddof=1)), (float(values.min()), float(values.max()))
+    ceiling = None if noise is None else _ceiling(noise, deviation)
+    return Spread(len(values), *ends, deviation, len(both), noise, ceiling)
+
+
+def _ceiling(noise: float, deviation: float) -> float:
+    """Kendall's tau of two normal variables is 2/pi asin(r) (Greiner 1909); r^2 is the share that is not noise."""
+    lasting = 1 - (noise / deviation) ** 2 if deviation > 0 else 0.0
+    return float(2 / np.pi * np.arcsin(np.sqrt(max(lasting, 0.0))))

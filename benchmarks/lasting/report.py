@@ -117,7 +117,7 @@ def to_win(spread: Spread) -> str:
     ratio = spread.deviation / spread.noise
     text += f"Another seed moves a plan by {100 * spread.noise:.2f} points ({spread.pairs} plans with two seeds). "
     if spread.ceiling is not None:
-        text += f"The two seeds agree with tau-b {spread.ceiling:.2f}. "
+        text += f"No score can be expected to agree with one seed better than with tau-b {spread.ceiling:.2f}. "
     if ratio >= 2:
         return text + f"Plans differ {ratio:.1f} times as much as seeds: there is something to win."
     return text + f"Plans differ only {ratio:.1f} times as much as seeds: there is hardly more to win than the noise."

@@ -97,6 +97,21 @@ def test_the_noise_is_the_deviation_of_one_fine_tuning_around_its_plans_mean():
     assert found.deviation == pytest.approx(0.02)
     # Differences .01 and 0: each pair has variance difference^2 / 2.
     assert found.noise == pytest.approx(np.sqrt((0.01**2 / 2 + 0) / 2))
-    assert found.ceiling is None
+    # A share of (.02^2 - .005^2) / .02^2 = 15/16 is not noise: 2/pi asin(sqrt(15/16)).
+    assert found.ceiling == pytest.approx(0.839, abs=5e-4)
     alone = spread({"a": 0.90, "b": 0.92}, {})
-    assert (alone.noise, alone.pairs) == (None, 0)
+    assert (alone.noise, alone.ceiling, alone.pairs) == (None, None, 0)
+
+
+@pytest.mark.parametrize("noise", [0.2, 1.0])
+def test_the_ceiling_is_the_tau_of_what_knows_the_means(noise: float):
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=2000)
+    one, other = ({str(i): value for i, value in enumerate(means + noise * rng.normal(size=2000))} for _ in range(2))
+    known = tau(means, np.array(list(one.values())))
+    assert spread(one, other).ceiling == pytest.approx(known, abs=0.02)
+
+
+def test_nothing_but_noise_leaves_no_tau():
+    assert spread({"a": 0.9, "b": 0.91}, {"a": 0.95, "b": 0.85}).ceiling == 0
+    assert spread({"a": 0.9, "b": 0.9}, {"a": 0.9}).ceiling == 0
