@@ -167,10 +167,13 @@ class AmcLearner(OffPolicy):
         )
         ends = np.array([float(step == last)], dtype=np.float32)
         reward = np.array([paid], dtype=np.float32)
-        self.model.replay_buffer.add(now, after, trajectory.taken[step][None], reward, ends, [{}])
+        buffer = self.model.replay_buffer
+        assert isinstance(buffer, DictReplayBuffer)
+        buffer.add(now, after, trajectory.taken[step][None], reward, ends, [{}])
 
     def _buffer(self, steps: int) -> DictReplayBuffer:
         preset, space = self.model.preset, self.model.observation_space
+        assert isinstance(space, spaces.Dict)
         size = preset.replay_episodes * steps
         buffer = BaselinedReplay(size, space, self.model.action_space, "cpu", handle_timeout_termination=False)
         buffer.baseline, buffer.rate = self.model.baseline, preset.baseline_rate

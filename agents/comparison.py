@@ -228,7 +228,8 @@ class Comparison:
             Predictor.read(self.predictor)
         for name in self.tasks:
             file = self.files.get(name)
-            options = {name: getattr(self, name) for name in TASKS} | {"epochs": None if file else 0}
+            options = {name: getattr(self, name) for name in TASKS}
+            options["epochs"] = None if file else 0
             task = tasks.make_task(name, weights=file, seed=self.seeds[0], **options)
             graph = trace(task.network, task.example)
             steps, allowed = open_steps(graph)

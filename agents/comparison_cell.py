@@ -33,6 +33,7 @@ from agents.runtime_stages import RuntimeLearner
 from agents.runtime_train import create
 from agents.search import best_plan, search
 from agents.search_baselines import play
+from agents.search_config import SearchConfig
 from agents.train import problem_of
 from baselines import METHODS, prune
 from baselines.method import given_repair, given_scores
@@ -129,6 +130,7 @@ PRUNED_BY = ("budget_resource", "recalibrate", "refit", "calibration_images", "d
 def by_search(work: Work) -> Found:
     """A search, as far as it has come and then to its end."""
     config = work.comparison.train_config(work.cell, file=work.weights)
+    assert isinstance(config, SearchConfig)
     problem = problem_of(work.task, config)
     memory = play(problem, config, run_folder(work.folder, config))
     return evaluated(work, problem, best_plan(problem, memory), len(memory), config)

@@ -62,7 +62,8 @@ class Processes:
 
     def __init__(self, folder: Path, workers: int, *, method: str = "forkserver") -> None:
         self.folder, self.slots = folder, workers
-        self.context = multiprocessing.get_context(method)
+        # what all contexts have in common has no Process, says typeshed: each kind has its own
+        self.context: Any = multiprocessing.get_context(method)
         self.context.set_forkserver_preload([__name__])
         self.running: dict[Cell, Any] = {}
 

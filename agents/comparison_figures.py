@@ -9,10 +9,12 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -21,6 +23,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from agents.comparison_methods import DENSE
 from agents.comparison_summary import BEFORE, COSTS, Summary, front, score
+
+if TYPE_CHECKING:  # older versions of matplotlib do not have it
+    from matplotlib.typing import RcKeyType
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6471", "#d9dde2", "#fefefe"
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
@@ -38,7 +43,7 @@ KINDS = {
 MAP = "cividis"
 """Colour map of shares: rises in lightness, and looks the same to colour-blind eyes."""
 
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.size": 10.5,
     "axes.titlesize": 11.5,
     "axes.edgecolor": GRID,
@@ -145,7 +150,7 @@ def by_method(rows: Sequence[Summary], dense: Summary | None, order: Sequence[st
     for axes, budget in zip(panels, budgets, strict=True):
         for row in (row for row in rows if row.budget == budget):
             at, colour, marker = order.index(row.method), *KINDS[row.kind][:2]
-            before, after = row.mean(BEFORE), row.mean(score(row))
+            before, after = row.mean(BEFORE), row.mean(score(row)) or 0.0
             half = row.half(score(row)) or 0.0
             axes.plot([after - half, min(after + half, 1.0)], [at, at], color=colour, linewidth=5, alpha=0.35, zorder=2)
             if score(row) != BEFORE:
@@ -231,7 +236,7 @@ def spreads(rows: Sequence[Summary]) -> Figure:
     for at, row in enumerate(rows):
         low, high = (row.mean(f"dynamic_macs_share_{p}") or 0.0 for p in ("5", "95"))
         axes.plot([low, high], [at, at], color=colour, linewidth=6, alpha=0.4)
-        axes.plot(row.mean("dynamic_macs_share"), at, marker, color=colour, markersize=8)
+        axes.plot(row.mean("dynamic_macs_share") or 0.0, at, marker, color=colour, markersize=8)
         if row.budget <= 1:
             axes.plot([row.budget] * 2, [at - 0.35, at + 0.35], color=INK, linewidth=1.6)
     axes.set_yticks(range(len(rows)), [f"{row.method}, {aim_of(row, row.budget)}" for row in rows])
@@ -316,12 +321,16 @@ def _zoom(axes: Axes, values: Sequence[float], dense: Summary | None) -> None:
     axes.set_ylim(low - 0.12 * room, min(high + 0.2 * room, 1.04))
 
 
-def _percent(axis: mpl.axis.Axis) -> None:
+def _percent(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
 
 
 def _legend(
-    figure: Figure, rows: Sequence[Summary], *, extra: Sequence[tuple[str, str, str]], hollow: str | None = None
+    figure: Figure,
+    rows: Sequence[Summary],
+    *,
+    extra: Sequence[tuple[str, str, Literal["-", "--"]]],
+    hollow: str | None = None,
 ) -> None:
     """One legend below all panels."""
     handles = []

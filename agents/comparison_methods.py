@@ -90,7 +90,7 @@ def _with_importance(word: str, importance: str) -> str:
     check_name("importance", importance, IMPORTANCES)
     names = _methods(word)
     brought = any(name in METHODS and METHODS[name].importance is not given_scores for name in names)
-    if len(names) > 1 or brought or kind_of(names[0]) == "runtime":
+    if len(names) != 1 or brought or kind_of(names[0]) == "runtime":
         raise ValueError(
             f"method {word + WITH + importance!r}: {word!r} takes no importance; allowed is one method that does not "
             "bring its own"

@@ -21,7 +21,7 @@ MEASURED = (
 FACTS = ("importance", "repair", "recalibrate", "own_training", "evaluations", "paid_by", "own")
 """In which rows may differ."""
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "task", "method", "kind", "budget", "budget_resource", "seed", "status", "reason", *MEASURED, *FACTS,
     "fine_tune_epochs", "cpu_seconds_find", "cpu_seconds_fine_tune", "seconds", "threads",
 )  # fmt: skip

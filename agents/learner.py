@@ -10,10 +10,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from safetensors import SafetensorError
+from sb3_contrib import TQC
+from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictReplayBuffer, DictRolloutBuffer
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
@@ -59,7 +63,7 @@ class Learner(ABC):
             last = _last_layer(model)
             last.weight.mul_(0.01)
             last.bias.zero_()
-            if hasattr(model, "actor_target"):
+            if isinstance(model, TD3):
                 model.actor_target.load_state_dict(model.actor.state_dict())
 
     @abstractmethod
@@ -88,6 +92,7 @@ class Learner(ABC):
 class OffPolicy(Learner):
     """DDPG, TD3, SAC, TQC: learns from every episode, whoever chose its actions."""
 
+    model: TD3 | SAC | TQC
     placeholder: ClassVar[Mapping[str, Any]] = {"buffer_size": 2}
 
     def __init__(self, algorithm: Algorithm, model: BaseAlgorithm, episodes: int) -> None:
@@ -128,10 +133,13 @@ class OffPolicy(Learner):
             self.model.replay_buffer = self._buffer(len(trajectory.taken))
         seen = {name: rows[step : step + 1] for name, rows in trajectory.seen.items()}
         reward, ends = np.array([paid], dtype=np.float32), np.ones(1, dtype=np.float32)
-        self.model.replay_buffer.add(seen, seen, trajectory.applied[step][None], reward, ends, [{}])
+        buffer = self.model.replay_buffer
+        assert isinstance(buffer, DictReplayBuffer)
+        buffer.add(seen, seen, trajectory.applied[step][None], reward, ends, [{}])
 
     def _buffer(self, steps: int) -> DictReplayBuffer:
         space, model = self.model.observation_space, self.model
+        assert isinstance(space, spaces.Dict)
         size = max(1, self.episodes * steps)
         return DictReplayBuffer(size, space, model.action_space, "cpu", handle_timeout_termination=False)
 
@@ -139,6 +147,7 @@ class OffPolicy(Learner):
 class OnPolicy(Learner):
     """PPO: learns from what it did itself, a few episodes at a time."""
 
+    model: OnPolicyAlgorithm
     placeholder: ClassVar[Mapping[str, Any]] = {"n_steps": 32}
 
     def __init__(self, algorithm: Algorithm, model: BaseAlgorithm, episodes: int) -> None:
@@ -177,10 +186,11 @@ class OnPolicy(Learner):
 
     def _fill(self, episodes: list[tuple[Trajectory, float]]) -> None:
         """A rollout buffer of whole episodes, paid at their last steps."""
-        model = self.model
+        model, space = self.model, self.model.observation_space
+        assert isinstance(space, spaces.Dict)
         rows = sum(len(trajectory.taken) for trajectory, _ in episodes)
         buffer = DictRolloutBuffer(
-            rows, model.observation_space, model.action_space, "cpu", gae_lambda=model.gae_lambda, gamma=model.gamma
+            rows, space, model.action_space, "cpu", gae_lambda=model.gae_lambda, gamma=model.gamma
         )
         for trajectory, paid in episodes:
             seen, actions = _batch([trajectory]), torch.from_numpy(trajectory.taken)

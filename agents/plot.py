@@ -35,7 +35,7 @@ def plan_figure(problem: Problem, learned: Sequence[int], uniform: Sequence[int]
     axes.hlines(marks, at - 0.42, at + 0.42, color=ORANGE, linewidth=2.2, label="uniform")
     if len(names) <= 24:
         for x, share, count in zip(at, bars, np.asarray(learned)[list(problem.steps)], strict=True):
-            axes.text(x, share + 0.015, str(count), ha="center", va="bottom", fontsize=7, color="#444444")
+            axes.text(float(x), share + 0.015, str(count), ha="center", va="bottom", fontsize=7, color="#444444")
     axes.set_xticks(at, names, rotation=60, ha="right", fontsize=8)
     axes.set(ylim=(0, 1.12), ylabel="share of channels kept", title=f"{problem.name}: what is kept where")
     axes.legend(frameon=False, ncols=2, loc="upper right", fontsize=8)

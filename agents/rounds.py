@@ -21,8 +21,8 @@ from prune_env.config import EnvConfig, make
 from prune_env.envs.channel_pruning import ChannelPruningEnv
 from prune_env.envs.dynamics import Problem
 
-Row = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]
-"""A step of all workers: observations, actions as drafted, actions as applied, what a shaper paid."""
+Row = tuple[dict[str, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""A step of all workers: observations; actions as drafted, actions as applied, what a shaper paid."""
 
 
 def make_workers(problem: Problem, config: EnvConfig, *, workers: int, view: View = AgentView) -> VecEnv:
@@ -67,12 +67,13 @@ def play(
     seen, done, infos = venv.reset(), np.zeros(venv.num_envs, dtype=bool), []
     learner_acts = any(one.script is None for one in drafts)
     while not done.all():
+        assert isinstance(seen, dict)
         with one_thread():
             chosen = act(seen) if learner_acts else np.zeros(venv.num_envs)
         taken = np.array([[one.action(len(rows), float(chosen[i]))] for i, one in enumerate(playing)], np.float32)
         after, _, done, infos = venv.step(np.clip(taken, -1.0, 1.0))
         applied = np.array([[info["action"]] for info in infos], dtype=np.float32)
-        rows.append((seen, taken, applied, np.array([info.get(TERM, 0.0) for info in infos])))
+        rows.append((seen, (taken, applied, np.array([info.get(TERM, 0.0) for info in infos]))))
         seen = after
     number = range(first, first + len(drafts))
     return [
@@ -103,5 +104,5 @@ def _episode(number: int, source: str, guided: bool, info: dict[str, Any]) -> Ep
 def _trajectory(rows: list[Row], worker: int) -> Trajectory:
     """One worker's share of a round."""
     seen = {name: np.stack([row[0][name][worker] for row in rows]) for name in rows[0][0]}
-    taken, applied, shaping = (np.stack([row[at][worker] for row in rows]) for at in (1, 2, 3))
+    taken, applied, shaping = (np.stack([numbers[at][worker] for _, numbers in rows]) for at in range(3))
     return Trajectory(seen, taken, applied, shaping)

@@ -185,6 +185,7 @@ class DrawnBudgets:
             low, high = self.span
             # From torch's own generator, which the training loop seeds anew in every epoch: a resumed one is the same.
             self._decide = self.at(low + (high - low) * float(torch.rand(())))
+        assert self._decide is not None
         return self._decide(question)
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from sb3_contrib import RecurrentPPO
+from torch import nn
 
-from agents.runtime_policy import WIDTH
+from agents.runtime_policy import WIDTH, BudgetPolicy
 from agents.runtime_stages import RuntimeLearner
 from prune_env.envs.runtime_dynamics import SPREAD, RuntimeProblem
 from prune_env.pruning.engine.deployed import DeployedNetwork, deploy
@@ -56,15 +57,19 @@ def runtime_policy(
         budget: What the agent is told.
         offset: Added to every share.
     """
-    network, sizes = agent.policy, {n: spaces.flatdim(s) for n, s in agent.observation_space.items()}
-    extractor, lstm = network.features_extractor, network.lstm_actor
+    network, fields = agent.policy, agent.observation_space
+    assert isinstance(network, BudgetPolicy)
+    assert isinstance(fields, spaces.Dict)
+    sizes, extractor = {n: spaces.flatdim(s) for n, s in fields.items()}, network.features_extractor
     own, shared = _columns(extractor.own, sizes), _columns(extractor.shared, sizes, start=WIDTH)
-    into = lstm.weight_ih_l0.detach()
+    parameters = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    into, recurrent, *biases = (network.lstm_actor.get_parameter(name).detach() for name in parameters)
     even = problem.even_keep(budget)
     scores = [score.detach() for score in problem.gated.static.scores()]
     seats = []
     for at, (decision, inputs) in enumerate(zip(decisions, stored_inputs(problem.gated, decisions), strict=True)):
         encoder = extractor.encoders[at]
+        assert isinstance(encoder, nn.Linear)
         columns = {name: encoder.weight.detach()[:, where] for name, where in own.items()}
         sees = {
             name: Sight(float(mean), 1 / float(SPREAD * spread))
@@ -92,7 +97,7 @@ def runtime_policy(
                 encoder_bias=encoder.bias.detach()
                 + columns["static_importance"][:, kept] @ static
                 + columns["pooled"][:, :width][:, never] @ nothing,
-                recurrent_bias=lstm.bias_ih_l0.detach() + lstm.bias_hh_l0.detach() + constant,
+                recurrent_bias=biases[0] + biases[1] + constant,
                 sees=(sees["pooled"], sees["runtime"]),
                 even=even + offset,
             )
@@ -100,7 +105,7 @@ def runtime_policy(
     return RuntimePolicy(
         seats,
         encoded=into[:, :WIDTH].T,
-        recurrent=lstm.weight_hh_l0.detach().T,
+        recurrent=recurrent.T,
         spent=into[:, shared["spent"]][:, 0],
         previous=into[:, shared["previous_keep"]][:, 0],
         head=network.action_net.weight.detach()[0],

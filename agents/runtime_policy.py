@@ -36,7 +36,7 @@ class LayerEncoders(BaseFeaturesExtractor):
         self_fields = [name for name in PER_LAYER if name in sizes]
         shared = [name for name in sizes if name not in self_fields and name != "index"]
         super().__init__(observation_space, features_dim=width + sum(sizes[name] for name in shared))
-        self.own, self.shared, layers = self_fields, shared, sizes["index"]
+        self.own, self.shared, self.width, layers = self_fields, shared, width, sizes["index"]
         self.encoders = nn.ModuleList(
             [nn.Linear(sum(sizes[name] for name in self_fields), width) for _ in range(layers)]
         )
@@ -45,7 +45,7 @@ class LayerEncoders(BaseFeaturesExtractor):
         """Encode a batch, `{field: [n, ...]}` to `[n, features]`."""
         own = torch.cat([observations[name] for name in self.own], dim=1)
         index = observations["index"].argmax(1)
-        hidden = own.new_zeros(len(own), self.encoders[0].out_features)
+        hidden = own.new_zeros(len(own), self.width)
         for at in index.unique().tolist():
             rows = index == at
             if rows.all():
@@ -64,6 +64,9 @@ class BudgetPolicy(RecurrentMultiInputActorCriticPolicy):
     RNN for the runtime agent).
     """
 
+    features_extractor: LayerEncoders
+    action_net: nn.Linear
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs |= {
             "features_extractor_class": LayerEncoders,
@@ -79,8 +82,9 @@ class BudgetPolicy(RecurrentMultiInputActorCriticPolicy):
         self, obs: dict[str, Tensor], actions: Tensor, lstm_states: RNNStates, episode_starts: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Values, log probabilities, and minus the range regulariser of each sample."""
-        features = self.extract_features(obs)
-        latent, _ = self._process_sequence(features, lstm_states.pi, episode_starts, self.lstm_actor)
+        features, (hidden, cell) = self.extract_features(obs), lstm_states.pi
+        assert isinstance(features, Tensor)  # a pair where actor and critic do not share them
+        latent, _ = self._process_sequence(features, (hidden, cell), episode_starts, self.lstm_actor)
         values = self.value_net(self.mlp_extractor.forward_critic(latent.detach()))
         distribution = self._get_action_dist_from_latent(self.mlp_extractor.forward_actor(latent))
         mean = obs["even"] + distribution.mode()

@@ -114,7 +114,8 @@ class RuntimeLearner:
     def _span(self, spread: float) -> tuple[float, float]:
         """The budgets around the run's own that can be reached."""
         fraction, least = self.budget.fraction, self.problem.minimum / self.budget_scale + 1e-6
-        return tuple(float(np.clip(fraction * factor, least, 1.0)) for factor in (1 - spread, 1 + spread))
+        low, high = (float(np.clip(fraction * factor, least, 1.0)) for factor in (1 - spread, 1 + spread))
+        return low, high
 
     def _macs(self, keep: float) -> float:
         """What a share in every layer costs.
@@ -207,14 +208,17 @@ class RuntimeLearner:
         settings = gate_settings(self.task, epochs=stage.amount, lr=self.config.lr, seed=seed)
         if self.config.threads is not None:
             settings = dataclasses.replace(settings, threads=self.config.threads)
-        part = self._stored_part() if stage.kind == "network" else None
-        decide = self._while_training() if stage.kind == "network" else None
+        part = decide = None
+        if stage.kind == "network":
+            part, decide = self._stored_part(), self._while_training()
+            if part is not None:
+                decide = part.answering(decide)
         report = train_gated(
             self.gated if part is None else part.small,
             self.task,
             settings,
             static=stage.kind != "gates",
-            decide=decide if part is None else part.answering(decide),
+            decide=decide,
             progress=lambda done, total, what: tell(done, total, f"{stage.kind} {stage.round or ''}: {what}"),
             checkpoint=self._inside(at),
             device=self.config.device,
@@ -245,7 +249,7 @@ class RuntimeLearner:
             watch = _Watch(lambda done, kind=kind: tell(done, stage.amount, f"{kind} agent, round {stage.round}"))
             steps = len(self.problem.channels) * view.num_envs
             agent.learn(steps * stage.amount, callback=watch, log_interval=10**9)
-            if kind == "runtime" and self.price is not None:
+            if kind == "runtime" and runtime_view.price is not None:
                 self.price = figures["price"] = float(runtime_view.price)
             figures |= {f"{kind}_reward_first": watch.rewards[0], f"{kind}_reward": float(np.mean(watch.rewards[-10:]))}
         return figures

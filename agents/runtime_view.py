@@ -27,6 +27,8 @@ Observation = dict[str, np.ndarray]
 class _View(VecEnv):
     """What both views share: actions wait for `step_wait`, and all sub-environments are one object."""
 
+    observation_space: spaces.Dict
+
     def __init__(self, count: int, fields: dict[str, spaces.Space]) -> None:
         self.render_mode = None
         super().__init__(count, spaces.Dict(fields), spaces.Box(-1.0, 1.0, (1,), np.float32))
@@ -92,7 +94,7 @@ class RuntimeView(_View):
         means: Callable[..., AgentDecisions] | None = None,
     ) -> None:
         self.env, self.price, self.means = env, price, means
-        super().__init__(env.num_envs, dict(env.single_observation_space.items()))
+        super().__init__(env.num_envs, _fields(env))
 
     def reset(self) -> Observation:
         """First observations of a new batch."""
@@ -107,7 +109,7 @@ class RuntimeView(_View):
             return self._seen, np.zeros(self.num_envs, dtype=np.float32), over, [{} for _ in range(self.num_envs)]
         final = infos["final_info"]
         paid = self._paid(final, final["loss"], final["macs"])
-        rewards = (paid - self._paid(final, *self._by_means(final)) if self.means else paid).astype(np.float32)
+        rewards = paid - self._paid(final, *self._by_means(final, self.means)) if self.means else paid
         if self.price is not None:
             excess = float((final["macs"] - final["budget"]).mean())
             self.price = max(0.0, self.price + self.RATE * excess)
@@ -120,7 +122,7 @@ class RuntimeView(_View):
             }
             for at in range(self.num_envs)
         ]
-        return self._seen, rewards, over, told
+        return self._seen, rewards.astype(np.float32), over, told
 
     def _paid(self, final: dict[str, np.ndarray], losses: np.ndarray, macs: np.ndarray) -> np.ndarray:
         """Rewards of the finished images for losses and macs, at the price that held."""
@@ -130,13 +132,16 @@ class RuntimeView(_View):
             return accuracy + budget_term(macs, budget, saving=SAVING)
         return accuracy - self.price * (macs - budget)
 
-    def _by_means(self, final: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _by_means(
+        self, final: dict[str, np.ndarray], means: Callable[..., AgentDecisions]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Loss and macs of each finished image under the agent's mean decisions."""
         problem = self.env.problem
         index = torch.from_numpy(final["image"]).to(problem.images.device)
-        decide = self.means(budget=float(final["budget"][0]))
+        decide = means(budget=float(final["budget"][0]))
         with torch.no_grad(), autocast(problem.images.device, problem.dtype):
             logits = answer(problem.walker.walk(problem.images[index]), decide)
+        assert decide.passage is not None
         losses = functional.cross_entropy(logits.float(), problem.labels[index], reduction="none")
         return losses.double().cpu().numpy(), decide.passage.macs()
 
@@ -156,8 +161,7 @@ class StaticView(_View):
         self, envs: Sequence[RuntimePruningVectorEnv], act: Callable[[int, Observation], np.ndarray] | None
     ) -> None:
         self.envs, self.act = tuple(envs), act
-        fields = {n: s for n, s in envs[0].single_observation_space.items() if n not in IMAGE_FIELDS}
-        super().__init__(len(self.envs), fields)
+        super().__init__(len(self.envs), {n: s for n, s in _fields(envs[0]).items() if n not in IMAGE_FIELDS})
 
     def reset(self) -> Observation:
         """First observations of new batches."""
@@ -190,3 +194,10 @@ class StaticView(_View):
     def _visible(self) -> Observation:
         names = self.observation_space.spaces
         return {name: np.stack([seen[name][0] for seen in self._seen]) for name in names}
+
+
+def _fields(env: RuntimePruningVectorEnv) -> dict[str, spaces.Space]:
+    """What is seen of one image, field by field."""
+    space = env.single_observation_space
+    assert isinstance(space, spaces.Dict)
+    return dict(space.items())

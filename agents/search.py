@@ -85,6 +85,7 @@ def policy_plan(problem: Problem, learner: Learner, venv: VecEnv) -> Plan:
     """The plan of the learner's deterministic policy."""
     seen, done, infos = venv.reset(), np.zeros(venv.num_envs, dtype=bool), []
     while not done.all():
+        assert isinstance(seen, dict)
         seen, _, done, infos = venv.step(learner.model.predict(seen, deterministic=True)[0])
     return Plan.from_json(infos[0]["plan"])
 

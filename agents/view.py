@@ -41,7 +41,9 @@ class AgentView(gymnasium.Wrapper):
         self.core = env
         unit = {"even": 1, "kept": len(env.problem.steps)}
         own = {name: spaces.Box(0.0, 1.0, (width,), np.float32) for name, width in unit.items()}
-        self.observation_space = spaces.Dict(dict(env.observation_space.items()) | own)
+        space = env.observation_space
+        assert isinstance(space, spaces.Dict)
+        self.observation_space = spaces.Dict({**space, **own})
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self._even = 1.0
 

@@ -60,6 +60,7 @@ from torch.optim import Optimizer
 from baselines.channel_gating_layers import ChannelGatedNetwork, Gating, attach
 from baselines.channel_gating_measurement import BATCH, GatingCost, GatingMeasurement, measure_gating, open_share
 from baselines.method import Case, Method, Scores
+from baselines.preparation import root_of
 from prune_env.gates import gate_settings
 from prune_env.number_format import format_named
 from prune_env.pruning.measure import Budget
@@ -258,7 +259,7 @@ def prepared(task: Task, settings: GatingSettings, *, progress: Progress | None 
             progress=progress,
             checkpoint=checkpoint,
         ),
-        root=task.settings.get("root"),
+        root=root_of(task),
     )
     return gated.eval()
 
@@ -317,8 +318,7 @@ def target_of(
     """
     if evaluations < 1:
         raise ValueError(f"evaluations is {evaluations}; 1 or more are allowed")
-    spent = macs(high)
-    if spent > limit:
+    if (spent := macs(high)) > limit:
         raise ValueError(f"budget {limit:,.0f} macs is not reached: the highest target, {high:g}, costs {spent:,.0f}")
     for _ in range(evaluations - 1):
         middle = (low + high) / 2

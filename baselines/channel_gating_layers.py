@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,8 +38,7 @@ def shuffled(channels: int, parts: int) -> Int64[np.ndarray, " channel"]:
     For parts of equal length that is the shuffle of ShuffleNet, a transposed `[part, place]`; here parts may differ by
     one. `numpy.argsort` of the result undoes it.
     """
-    sizes = [len(part) for part in np.array_split(np.arange(channels), parts)]
-    place = np.concatenate([np.arange(size) for size in sizes])
+    place = np.concatenate([np.arange(len(part)) for part in np.array_split(np.arange(channels), parts)])
     return np.argsort(place, kind="stable")
 
 
@@ -191,14 +191,16 @@ class GatedConvolution(nn.Module):
 
     def __init__(self, convolution: nn.Module, norm: nn.Module, gating: Gating) -> None:
         super().__init__()
-        channels = norm.num_features
+        assert isinstance(convolution, CONVOLUTIONS)
+        assert isinstance(norm, BATCH_NORMS)
+        channels, weight = norm.num_features, convolution.weight
         self.convolution, self.full_norm = copy.deepcopy(convolution), copy.deepcopy(norm)
         self.base_norm = type(norm)(channels, eps=norm.eps, momentum=norm.momentum, affine=False)
         self.scale = nn.Parameter(norm.weight.detach().clone() if norm.affine else torch.ones(channels))
         self.shift = nn.Parameter(norm.bias.detach().clone() if norm.affine else torch.zeros(channels))
         self.gate = Gate(channels, gating)
-        self.register_buffer("base", BASES[gating.base](*convolution.weight.shape[:2], gating.parts))
-        self.to(convolution.weight.device).train(convolution.training)
+        self.register_buffer("base", BASES[gating.base](len(weight), weight.shape[1], gating.parts))
+        self.to(weight.device).train(convolution.training)
 
     def partial(self, x: Float[Tensor, "sample input *position"]) -> Float[Tensor, "sample channel *place"]:
         """Y_p: the sum over the base alone."""
@@ -233,7 +235,7 @@ class ChannelGatedNetwork(nn.Module):
     @property
     def layers(self) -> list[GatedConvolution]:
         """The gated convolutions in forward order."""
-        return [self.network.get_submodule(name) for name in self.names]
+        return [cast(GatedConvolution, self.network.get_submodule(name)) for name in self.names]  # torch: a Module
 
     @property
     def thresholds(self) -> list[nn.Parameter]:
@@ -263,8 +265,8 @@ class ChannelGatedNetwork(nn.Module):
 
         def take(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
             axes = (0, *range(2, args[0].dim()))
-            norm.running_mean.copy_(args[0].mean(axes))
-            norm.running_var.copy_(args[0].var(axes))
+            norm.get_buffer("running_mean").copy_(args[0].mean(axes))
+            norm.get_buffer("running_var").copy_(args[0].var(axes))
 
         handles = [layer.base_norm.register_forward_pre_hook(take) for layer in self.layers]
         try:
@@ -336,8 +338,7 @@ def _norms_behind(network: nn.Module, sample: Tensor) -> tuple[dict[str, str], C
 
     def read(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple) -> None:
-            same = (by for x, version, by in written if x is args[0] and x._version == version)
-            found.update(dict.fromkeys(same, name))
+            found.update({by: name for x, version, by in written if x is args[0] and x._version == version})
 
         return hook
 
@@ -378,13 +379,12 @@ def _misplaced(network: nn.Module, name: str, norm: str, sample: Tensor) -> str 
     return None
 
 
-def _outputs(network: nn.Module, sample: Tensor, writes: Writes) -> list[object]:
+def _outputs(network: nn.Module, sample: Tensor, writes: Writes) -> list[Any]:
     """What a network returns when some of its modules write positive (or negative) noise."""
 
     def writing(size: float, seed: int) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            noise = torch.rand(output.shape, generator=torch.Generator().manual_seed(seed))
-            return (size * (0.5 + noise)).to(output)
+            return (size * (0.5 + torch.rand(output.shape, generator=torch.Generator().manual_seed(seed)))).to(output)
 
         return hook
 
@@ -396,5 +396,5 @@ def _outputs(network: nn.Module, sample: Tensor, writes: Writes) -> list[object]
             handle.remove()
 
 
-def _agree(one: list[object], other: list[object]) -> bool:
+def _agree(one: list[Any], other: list[Any]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True) if isinstance(a, Tensor))

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from baselines.channel_gating_layers import ChannelGatedNetwork, Gating, attach
+from baselines.channel_gating_layers import ChannelGatedNetwork, GatedConvolution, Gating, attach
 from baselines.potential import Curve, kept, ranked
 from prune_env.envs.dynamics import Problem
 from prune_env.number_format import autocast
@@ -61,7 +61,8 @@ class GatingCost:
             opened: Per gated layer, positions of each channel at which the gate was open.
         """
         layers = zip(self.rest, self.positions, opened, strict=True)
-        return self.dense - sum((positions - count) @ rest for rest, positions, count in layers).astype(np.float64)
+        saved = sum((positions - count) @ rest for rest, positions, count in layers)
+        return self.dense - np.asarray(saved, dtype=np.float64)
 
     @property
     def least(self) -> int:
@@ -193,6 +194,7 @@ def gated_energy(
     }
 
     def observe(name: str, layer: nn.Module, x: Tensor) -> None:
+        assert isinstance(layer, GatedConvolution)
         base = layer.partial(x)
         added = layer.gate(layer.base_norm(base)) * (layer.convolution(x) - base)
         found[name] += added.square().flatten(2).mean(2).sum(0).double().cpu() / len(images)
@@ -222,5 +224,5 @@ def energy_kept(problem: Problem) -> dict[str, Curve]:
         writers = [slot for slot in group.producers if slot.module in energy]
         if writers:
             own = sum(np.bincount(slot.unit, energy[slot.module][slot.index], group.channels) for slot in writers)
-            curves[group.name] = kept(own[ranked(problem, group)])
+            curves[group.name] = kept(np.asarray(own)[ranked(problem, group)])
     return curves

@@ -130,17 +130,17 @@ class GRDA(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._accumulate(parameter, group)
+                    self._accumulate(parameter, parameter.grad, group)
                     moved.append(parameter)
         self._write(moved)
         return loss
 
-    def _accumulate(self, parameter: nn.Parameter, constants: Mapping[str, Any]) -> None:
+    def _accumulate(self, parameter: nn.Parameter, gradient: Tensor, constants: Mapping[str, Any]) -> None:
         """The dual and the threshold of the next step."""
         memory, lr = self._memory(parameter), constants["lr"]
         memory["step"] += 1
         memory["threshold"] += constants["c"] * rise(lr, mu=constants["mu"], step=int(memory["step"]))
-        memory["dual"].add_(parameter.grad, alpha=-lr)
+        memory["dual"].add_(gradient, alpha=-lr)
 
     def _memory(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         memory = self.state[parameter]

@@ -64,12 +64,13 @@ def least_error(case: Case) -> Counts:
 
 def errors_of(case: Case) -> list[np.ndarray]:
     """Each group's error curve at its allowed counts, for the channels that the case's scores would keep."""
-    problem = case.problem
+    problem, moments = case.problem, case.problem.evaluator.moments
+    assert moments is not None, "a problem is built with them"
     curves = []
     for step, levels in zip(problem.steps, problem.allowed, strict=True):
         group = problem.graph.groups[step]
         scores = torch.as_tensor(np.array(case.scores[group.name]))
-        curve = problem.evaluator.moments.error_curve(problem.evaluator.network, group, scores=scores)
+        curve = moments.error_curve(problem.evaluator.network, group, scores=scores)
         curves.append(curve[levels])
     return curves
 

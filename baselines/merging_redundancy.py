@@ -35,6 +35,7 @@ from baselines.potential import Curve, ranked
 from prune_env.envs.dynamics import Problem
 from prune_env.pruning.consumer import oriented
 from prune_env.pruning.graph import Group
+from prune_env.pruning.surgery import BATCH_NORMS
 
 Vector = Float64[np.ndarray, " channel"]
 
@@ -153,6 +154,7 @@ def _strength(network: nn.Module, group: Group) -> Vector:
 
 
 def _gains(norm: nn.Module) -> Tensor:
+    assert isinstance(norm, BATCH_NORMS)
     gain = torch.ones(norm.num_features) if norm.weight is None else norm.weight.detach()
     return gain.double().cpu()
 

@@ -72,9 +72,9 @@ def filters(network: nn.Module, group: Group) -> Float[Tensor, "channel weight"]
     rows = []
     for slot in group.producers:
         module = network.get_submodule(slot.module)
-        weight = oriented(module).flatten(1)
-        if module.bias is not None and not norms(network, group):
-            weight = torch.cat([weight, module.bias.detach()[:, None]], dim=1)
+        weight, bias = oriented(module).flatten(1), module.bias
+        if isinstance(bias, Tensor) and not norms(network, group):
+            weight = torch.cat([weight, bias.detach()[:, None]], dim=1)
         rows.append(weight.cpu()[positions(slot, group.channels)].flatten(1))
     return torch.cat(rows, dim=1).double()
 
@@ -91,6 +91,7 @@ def norm_of(network: nn.Module, group: Group) -> Norm | None:
         return None
     (slot,), (producer,) = norms(network, group), group.producers
     module, order = network.get_submodule(slot.module), positions(slot, group.channels)[:, 0]
+    assert isinstance(module, BATCH_NORMS)
 
     def by_channel(tensor: Tensor | None, empty: float) -> Float[Tensor, " channel"]:
         if tensor is None:
@@ -98,7 +99,7 @@ def norm_of(network: nn.Module, group: Group) -> Norm | None:
         return tensor.detach().double().cpu()[order]
 
     mean, bias = by_channel(module.running_mean, 0.0), network.get_submodule(producer.module).bias
-    if bias is not None:
+    if isinstance(bias, Tensor):
         mean = mean - bias.detach().double().cpu()[positions(producer, group.channels)[:, 0]]
     return Norm(
         by_channel(module.weight, 1.0),
@@ -207,9 +208,11 @@ def _exact(network: nn.Module, graph: LayerGraph, groups: Sequence[Group], examp
 @torch.no_grad()
 def _make_plain(norm: nn.Module) -> None:
     """A norm that does nothing to even channels, and to odd ones what makes three times the input twice the output."""
-    norm.running_mean.zero_()
-    norm.running_var.fill_(1.0)[1::2] = (BEFORE_NORM / BEHIND_NORM) ** 2
-    norm.running_var -= norm.eps
+    assert isinstance(norm, BATCH_NORMS)
+    norm.get_buffer("running_mean").zero_()
+    var = norm.get_buffer("running_var")
+    var.fill_(1.0)[1::2] = (BEFORE_NORM / BEHIND_NORM) ** 2
+    var -= norm.eps
     if norm.weight is not None:
         norm.weight.fill_(1.0)
         norm.bias.zero_()

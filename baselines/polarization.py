@@ -146,6 +146,7 @@ def regularising(found: Sequence[Site], gradient: Callable[[Gamma], Gamma]) -> H
         parts = gradient(gathered(state.network, found)).split([len(site.index) for site in found])
         for site, part in zip(found, parts, strict=True):
             scale = state.network.get_submodule(site.module).weight
+            assert isinstance(scale, Tensor)
             if scale.grad is not None:  # of a frozen norm there is none, and no step is taken
                 scale.grad.index_add_(0, site.index.to(scale.device), part)
 
@@ -159,6 +160,7 @@ def clamping(found: Sequence[Site]) -> Hook:
     def clamp(state: TrainingState) -> None:
         for site in found:
             scale = state.network.get_submodule(site.module).weight
+            assert isinstance(scale, Tensor)
             index = site.index.to(scale.device)
             scale.index_copy_(0, index, scale[index].clamp_(0.0, UPPER))
 
@@ -254,8 +256,9 @@ def renewed(network: nn.Module, *, scale: float, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in network.modules():
-            if callable(getattr(module, "reset_parameters", None)):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
         initialise(network)
     for module in network.modules():
         if isinstance(module, BATCH_NORMS) and module.weight is not None:

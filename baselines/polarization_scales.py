@@ -19,6 +19,7 @@ from baselines.allocate import Counts
 from baselines.method import Case, Scores
 from baselines.potential import Curve, ranked
 from prune_env.envs.dynamics import Problem
+from prune_env.pruning.consumer import weights_of
 from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.surgery import BATCH_NORMS
 
@@ -80,10 +81,10 @@ def _has_scale(module: nn.Module) -> bool:
 
 def gathered(network: nn.Module, found: Sequence[Site]) -> Float[Tensor, " scale"]:
     """The scales of all sites, one after the other: the paper's one vector gamma; a copy."""
-    return torch.cat([network.get_submodule(site.module).weight.detach()[site.index] for site in found])
+    return torch.cat([weights_of(network.get_submodule(site.module))[site.index] for site in found])
 
 
-def by_group(network: nn.Module, graph: LayerGraph) -> Scores:
+def by_group(network: nn.Module, graph: LayerGraph) -> dict[str, np.ndarray]:
     """|gamma| of each channel of every group that has scales; the largest, where a channel has several.
 
     Raises:
@@ -142,8 +143,9 @@ def clear_valley(scales: Float[np.ndarray, " channel"]) -> float:
     """
     edge, within = _valley(scales)
     dead = scales.max() < UPPER / BINS
-    parts = edge is not None and not within and (dead or scales.max() >= edge)
-    return edge if parts else widest_gap(scales)
+    if edge is not None and not within and (dead or scales.max() >= edge):
+        return edge
+    return widest_gap(scales)
 
 
 def _valley(scales: Float[np.ndarray, " channel"]) -> tuple[float | None, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,6 +14,13 @@ from prune_env.tasks.prepared import train_once
 from prune_env.tasks.task import Task
 from prune_env.tasks.training import Hook, TrainSettings, train
 from prune_env.tasks.training.loop import Progress, nesterov
+
+
+def root_of(task: Task) -> Path | str | None:
+    """The data root that a task was made with, under which the cache is; None takes the usual one."""
+    root = task.settings.get("root")
+    assert root is None or isinstance(root, Path | str)
+    return root
 
 
 def prepared_task(
@@ -55,7 +63,7 @@ def prepared_task(
             progress=progress,
             checkpoint=checkpoint,
         ),
-        root=task.settings.get("root"),
+        root=root_of(task),
     )
     settings = {**task.settings, "weights": str(file)}
     return dataclasses.replace(task, network=network.eval(), weights=str(file), settings=settings, dense=None)

@@ -58,7 +58,7 @@ from baselines.allocate import Counts
 from baselines.method import Case, Method, Scores
 from baselines.potential import Curve
 from prune_env.envs.dynamics import Problem
-from prune_env.pruning.consumer import complement
+from prune_env.pruning.consumer import complement, weights_of
 from prune_env.pruning.graph import Group, LayerGraph
 from prune_env.pruning.plan import Plan
 from prune_env.pruning.sensitivity import CONSTANT, FAILURE, Shares, sample_size, sensitivities, summed
@@ -297,12 +297,12 @@ def _scale(
     factors: dict[str, np.ndarray] = {}
     for group in graph.groups:
         for slot in group.consumers:
-            size = dense.get_submodule(slot.module).weight.shape[_axis(dense, slot.module)]
+            size = weights_of(dense.get_submodule(slot.module)).shape[_axis(dense, slot.module)]
             factors.setdefault(slot.module, np.ones(size))[slot.index] = gains[group.name][slot.unit]
     dropped = dropped_axes(graph, plan)
     for name, factor in factors.items():
         _, lost = dropped.get((name, "in"), (0, np.empty(0, dtype=np.int64)))
-        weight, axis = small.get_submodule(name).weight, _axis(dense, name)
+        weight, axis = weights_of(small.get_submodule(name)), _axis(dense, name)
         kept = torch.from_numpy(factor)[complement(lost, len(factor))]
         weight.mul_(kept.to(weight).reshape(-1, *(1,) * (weight.dim() - axis - 1)))
 

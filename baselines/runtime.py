@@ -210,6 +210,7 @@ def run_runtime(
 
     def share() -> float:
         if budget is None:
+            assert keep is not None, "one of the two is given"
             return float(keep)
         return share_of(gated, budget, lambda keep: float(measure(sample, uniform(gated, keep, trust)).macs.mean()))
 

@@ -63,12 +63,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from baselines import allocate
@@ -194,10 +195,11 @@ def unlearned(problem: Problem) -> Scores:
         for batch in images.split(BATCH):
             answers = controlled.eval()(batch).argmax(1)
             functional.cross_entropy(controlled.train()(batch), answers, reduction="sum").backward()
-    slopes = [selection.beta.grad for selection in controlled.selections]
+    # Behind `backward` none is None, which torch's types cannot say.
+    slopes = cast("list[Tensor]", [selection.beta.grad for selection in controlled.layers])
     steepest = max(float(slope.abs().max()) for slope in slopes) or 1.0
     with torch.no_grad():
-        for selection, slope in zip(controlled.selections, slopes, strict=True):
+        for selection, slope in zip(controlled.layers, slopes, strict=True):
             selection.beta.copy_((1 - slope / steepest) / 2)
     return group_scores(controlled.eval(), problem.graph, images[:1])
 

@@ -18,6 +18,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from baselines.method import Scores
 from prune_env.pruning.consumer import norms_behind
 from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.measure import count_macs, count_params
+from prune_env.pruning.surgery import CONVOLUTIONS, TRANSPOSED
 
 Control = Callable[[Tensor], Tensor]
 """Real images -> as many control images, `[sample, ...]` both."""
@@ -89,12 +91,12 @@ class ControlledNetwork(nn.Module):
             self.control = copy.deepcopy(control).eval().requires_grad_(False)
         self.writers = tuple(writers)
         layers = [self.network.get_submodule(name) for name in self.writers]
-        self.selections = nn.ModuleList(
-            SelectionLayer(layer.out_features, axis=-1, start=start)
-            if isinstance(layer, nn.Linear)
-            else SelectionLayer(layer.out_channels, start=start)
-            for layer in layers
-        )
+        self.selections = nn.ModuleList(_selection(layer, start) for layer in layers)
+
+    @property
+    def layers(self) -> list[SelectionLayer]:
+        """The selection layers as what they are; to torch a list has modules of any kind."""
+        return cast("list[SelectionLayer]", list(self.selections))
 
     def train(self, mode: bool = True) -> ControlledNetwork:
         """Only whether real features are mixed changes."""
@@ -142,6 +144,13 @@ class ControlledNetwork(nn.Module):
             yield
 
 
+def _selection(writer: nn.Module, start: float) -> SelectionLayer:
+    if isinstance(writer, nn.Linear):
+        return SelectionLayer(writer.out_features, axis=-1, start=start)
+    assert isinstance(writer, CONVOLUTIONS + TRANSPOSED)
+    return SelectionLayer(writer.out_channels, start=start)
+
+
 def _unlike(name: str) -> str:
     return (
         f"SCOP cannot control this network: it runs layer {name!r} otherwise for real than for control images, "
@@ -164,8 +173,8 @@ def norm_scales(network: nn.Module, writers: Sequence[str], example: Tensor) -> 
         example: An input with its batch axis, to run once.
     """
     found = norms_behind(network, writers, example)
-    norms = {writer: network.get_submodule(norm) for writer, norm in found.items()}
-    return {writer: norm.weight.detach().abs() for writer, norm in norms.items() if norm.weight is not None}
+    scales = {writer: network.get_submodule(norm).weight for writer, norm in found.items()}
+    return {writer: scale.detach().abs() for writer, scale in scales.items() if isinstance(scale, Tensor)}
 
 
 def signed_score(
@@ -192,7 +201,7 @@ def group_scores(controlled: ControlledNetwork, graph: LayerGraph, example: Tens
     scales = norm_scales(controlled.network, controlled.writers, example)
     written = {
         name: signed_score(selection.beta, scales.get(name)).double().cpu().numpy()
-        for name, selection in zip(controlled.writers, controlled.selections, strict=True)
+        for name, selection in zip(controlled.writers, controlled.layers, strict=True)
     }
     found = {group.name: np.zeros(group.channels) for group in graph.groups}
     for group in graph.groups:
@@ -209,6 +218,8 @@ class ScatteredNorm(nn.Module):
         kept: `[kept]` their places.
         channels: Width of the stream.
     """
+
+    kept: Tensor
 
     def __init__(self, norm: nn.Module, kept: Tensor, channels: int) -> None:
         super().__init__()
@@ -246,6 +257,12 @@ def _norm(name: str) -> str:
     return name.replace("conv", "bn")
 
 
+def _convolution(network: nn.Module, name: str) -> nn.Conv2d:
+    conv = network.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d)
+    return conv
+
+
 def sliced(network: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
     """The network as the authors cut it: all convolutions of residual blocks, stem and shortcuts whole.
 
@@ -267,10 +284,11 @@ def sliced(network: nn.Module, kept: Mapping[str, Sequence[int]]) -> nn.Module:
     for block in blocks:
         inputs = None
         for name in block:
-            conv, place = small.get_submodule(name), _norm(name)
+            conv, place = _convolution(small, name), _norm(name)
             channels = conv.out_channels
             outputs = torch.tensor(list(kept.get(name, range(channels))), device=conv.weight.device)
             norm = small.get_submodule(place)
+            assert isinstance(norm, nn.BatchNorm2d)
             _slice(conv, norm, inputs=inputs, outputs=outputs)
             if name == block[-1] and len(outputs) < channels:
                 small.set_submodule(place, ScatteredNorm(norm, outputs, channels))
@@ -310,7 +328,7 @@ def published_cuts(network: nn.Module, example: Tensor, *, rate: float) -> dict[
     """
     if not 0 <= rate < 1:
         raise ValueError(f"rate is {rate!r}; a share from 0 below 1 is allowed")
-    widths = {name: network.get_submodule(name).out_channels for block in block_convolutions(network) for name in block}
+    widths = {name: _convolution(network, name).out_channels for block in block_convolutions(network) for name in block}
     small = sliced(network, {name: range(kept_at_rate(width, rate)) for name, width in widths.items()})
     return {
         "macs": 1 - count_macs(small, example) / count_macs(network, example),

@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from baselines.preparation import root_of
 from baselines.scop_knockoffs import RATE, KnockoffGenerator, KnockoffTraining
 from baselines.scop_knockoffs import adam as adam_on_all
 from baselines.scop_layers import Control, ControlledNetwork, permuted, writers_of
@@ -148,7 +148,7 @@ class Source:
             run()
         else:
             content = {**content, "training": dataclasses.asdict(settings)}
-            train_once(network, self.task, kind=kind, content=content, run=run, root=self.task.settings.get("root"))
+            train_once(network, self.task, kind=kind, content=content, run=run, root=root_of(self.task))
         network.eval()
 
 
@@ -192,7 +192,7 @@ def learned(network: nn.Module, graph: LayerGraph, source: Source, settings: Set
         kind="scop",
         settings=settings.training(data=source.data, images=len(source.split), seed=source.seed),
         hooks=(learning(controlled, settings),),
-        optimizer=partial(adam_on_scales, decays=settings.decays),
+        optimizer=lambda _, training: adam_on_scales(controlled, training, decays=settings.decays),
         content={"settings": dataclasses.asdict(settings)},
     )
     return controlled
@@ -213,7 +213,7 @@ def learning(controlled: ControlledNetwork, settings: Settings) -> Hook:
             group["lr"] = settings.rate
 
     def project(state: TrainingState) -> None:
-        for selection in controlled.selections:
+        for selection in controlled.layers:
             selection.project()
 
     return Hook(before_step=constant, after_step=project)

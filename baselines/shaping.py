@@ -37,6 +37,7 @@ from baselines import (
 )
 from baselines.potential import Evidence, Potential
 from prune_env.checks import check_name
+from prune_env.envs.channel_pruning import ChannelPruningEnv
 from prune_env.envs.dynamics import Problem
 
 SHAPERS: dict[str, Evidence] = {
@@ -85,14 +86,14 @@ class Shaping:
         Raises:
             ValueError: It says nothing of the kind.
         """
-        name, *given = text.split(":")
+        name, *given = text.split(":", 2)
         try:
-            numbers = [read(word) for read, word in zip((float, int), given, strict=False)]
+            weight = float(given[0]) if given else cls.weight
+            episodes = int(given[1]) if given[1:] else cls.episodes
         except ValueError:
-            numbers = []
-        if len(numbers) < len(given):
-            raise ValueError(f"shape is {text!r}; NAME[:WEIGHT[:EPISODES]] is allowed, say importance:0.5:100")
-        return cls(name, *numbers)
+            message = f"shape is {text!r}; NAME[:WEIGHT[:EPISODES]] is allowed, say importance:0.5:100"
+            raise ValueError(message) from None
+        return cls(name, weight, episodes)
 
     def weight_at(self, episode: int) -> float:
         """The weight of an episode, counted from 0."""
@@ -121,6 +122,12 @@ def potential_of(name: str, problem: Problem) -> Potential:
     return known[name]
 
 
+def _inmost(env: gymnasium.Env) -> ChannelPruningEnv:
+    inmost = env.unwrapped
+    assert isinstance(inmost, ChannelPruningEnv)
+    return inmost
+
+
 class PotentialShaping(gymnasium.Wrapper):
     """An environment over `ChannelPruningEnv` whose rewards are shaped; `info` carries F as `reward/shaping`.
 
@@ -140,7 +147,7 @@ class PotentialShaping(gymnasium.Wrapper):
         if not 0 < discount <= 1:
             raise ValueError(f"discount is {discount!r}; the agent's, in (0, 1], is allowed")
         self.shaping, self.discount = shaping, discount
-        self.potential = potential_of(shaping.name, env.unwrapped.problem)
+        self.potential = potential_of(shaping.name, _inmost(env).problem)
         self._episode, self._weight, self._before = -1, 0.0, 0.0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -149,13 +156,13 @@ class PotentialShaping(gymnasium.Wrapper):
         episode = others.pop("episode", self._episode + 1)
         seen, info = self.env.reset(seed=seed, options=others)
         self._episode, self._weight = episode, self.shaping.weight_at(episode)
-        self._before = self.potential(self.env.unwrapped.state)
+        self._before = self.potential(_inmost(self.env).state)
         return seen, info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Decide the next group."""
         seen, reward, terminated, truncated, info = self.env.step(action)
-        after = 0.0 if terminated else self.potential(self.env.unwrapped.state)
+        after = 0.0 if terminated else self.potential(_inmost(self.env).state)
         info[TERM] = self._weight * (self.discount * after - self._before)
         self._before = after
         return seen, float(reward) + info[TERM], terminated, truncated, info

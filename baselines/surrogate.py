@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -63,8 +63,9 @@ class Surrogate:
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import Matern
 
+        fixed: dict[str, Any] = {"optimizer": None}  # allowed, though its type is guessed from the default, a text
         tried = [
-            GaussianProcessRegressor(Matern(length, nu=2.5), alpha=noise, optimizer=None, normalize_y=True)
+            GaussianProcessRegressor(Matern(length, nu=2.5), alpha=noise, normalize_y=True, **fixed)
             for length in LENGTHS
             for noise in NOISES
         ]
@@ -73,8 +74,8 @@ class Surrogate:
 
     def predicted(self, shares: Shares) -> tuple[Values, Values]:
         """Mean and standard deviation of the values of plans."""
-        mean, deviation = self.process.predict(np.log(shares), return_std=True)
-        return mean, deviation
+        # its types do not say that `return_std` makes it a pair
+        return cast("tuple[Values, Values]", self.process.predict(np.log(shares), return_std=True))
 
     def improvement(self, shares: Shares) -> Values:
         """By how much each of some plans can be expected to beat the best measured one; 0 where it will not."""

@@ -45,7 +45,7 @@ PUBLIC = {
 }
 """Public name -> the module that defines it."""
 
-ENVIRONMENTS = {
+ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "prune_env/ChannelPruning-v0": {"entry_point": "prune_env.config:make_env"},
     "prune_env/RuntimePruning-v0": {
         "entry_point": "prune_env.runtime_config:make_runtime_env",

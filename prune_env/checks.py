@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
@@ -33,7 +33,7 @@ def epochs_of(what: str, value: object) -> int | float:
     raise ValueError(f"{what} is {value!r}; a whole number, or a share of one epoch in (0, 1) is allowed")
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether it is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -265,9 +265,10 @@ class Material:
     @classmethod
     def of(cls, task: Task, config: EnvConfig) -> Material:
         """What a task gives to a problem."""
-        inputs = task.calibration(config.calibration_images), _everything(task.search)
+        calibration, search = task.calibration(config.calibration_images), _everything(task.search)
         training = usual_training(task.data, task.network_name, seed=task.seed)
-        return cls(task.name, task.network, *inputs, task.dense, task.train, training)
+        dense = task.dense if isinstance(task.dense, Measurement) else None  # a task knows nothing of measurements
+        return cls(task.name, task.network, calibration, search, dense, task.train, training)
 
 
 def build(material: Material, config: EnvConfig) -> Problem:

@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, runtime_checkable
 
 import numpy as np
+from typing_extensions import TypeVar
 
+from prune_env.pruning.evaluator import Evaluator
 from prune_env.pruning.graph import LayerGraph
 from prune_env.pruning.measure import Budget, Measurement
 from prune_env.pruning.plan import Plan
@@ -28,8 +30,11 @@ class Measures(Protocol):
         ...
 
 
+M = TypeVar("M", bound=Measures, default=Evaluator)
+
+
 @dataclass(frozen=True, eq=False)
-class Problem:
+class Problem(Generic[M]):
     """Everything that stays the same from episode to episode.
 
     Attributes:
@@ -42,7 +47,8 @@ class Problem:
         dense: The whole network, measured on the search split.
         scores: Group name -> static importance of each channel; which channels a count keeps.
         fields: Observation field -> `[steps + 1, width]` float32, what is known of each step before the episode.
-        evaluator: Measures a finished plan on the search split.
+        evaluator: Measures a finished plan on the search split. The decisions need no more of it than that; methods
+            and reports read an `Evaluator`'s network, data and moments as well.
         reward: (dense, pruned, budget) -> named terms, summed by the env.
         value: The default budget, a share or an absolute number.
         span: Lowest and highest share when the budget is drawn per episode, else None.
@@ -60,7 +66,7 @@ class Problem:
     dense: Measurement
     scores: Mapping[str, np.ndarray]
     fields: Mapping[str, np.ndarray]
-    evaluator: Measures
+    evaluator: M
     reward: Callable[[Measurement, Measurement, Budget], Mapping[str, float]]
     value: int | float = 0.5
     span: tuple[int | float, int | float] | None = None

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -88,8 +89,9 @@ class Predictor:
         lists = ("channels", "features", "weights")
         if not all(isinstance(record[name], list) for name in lists):
             raise ValueError(f"{', '.join(lists)} are lists")
+        fields: dict[str, Any] = record | {name: tuple(record[name]) for name in lists}
         try:
-            return cls(**record | {name: tuple(record[name]) for name in lists})
+            return cls(**fields)
         except TypeError as error:
             raise ValueError(f"a field has a value of the wrong kind: {error}") from None
 

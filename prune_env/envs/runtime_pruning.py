@@ -125,7 +125,9 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         if render_mode is not None:
             raise ValueError(f"render_mode is {render_mode!r}; only None is allowed")
         self.problem, self.num_envs, self.render_mode = problem, num_envs, render_mode
-        fields = {name: spaces.Box(low, 1.0, (width,), np.float32) for name, (low, width) in widths(problem).items()}
+        fields: dict[str, spaces.Space[Any]] = {
+            name: spaces.Box(low, 1.0, (width,), np.float32) for name, (low, width) in widths(problem).items()
+        }
         self.single_observation_space = spaces.Dict(fields)
         self.single_action_space = spaces.Box(0.0, 1.0, (2,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -155,7 +157,8 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
             self._np_random = np.random.default_rng(seed)
             self._np_random_seed = seed if isinstance(seed, int) else None
             self._mean, self._order = LossMean(), np.empty(0, dtype=np.int64)
-        return self._start(options.get("budget")), self._infos({"group": self._question.name})
+        first, info = self._start(options.get("budget"))
+        return first, self._infos(info)
 
     def step(self, actions: np.ndarray) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Decide the current layer for every image.
@@ -175,8 +178,8 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         finals = np.empty(self.num_envs, dtype=object)
         for at in range(self.num_envs):
             finals[at] = {name: rows[at] for name, rows in seen.items()}
-        first = self._start(None)
-        infos = self._infos({"group": self._question.name})
+        first, opening = self._start(None)
+        infos = self._infos(opening)
         infos |= {"final_obs": finals, "_final_obs": ~no, "final_info": self._infos(info), "_final_info": ~no}
         return first, sum(terms.values(), nothing), ~no, no, infos
 
@@ -203,8 +206,8 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         seen = passage.observe(self._question)
         return seen, None if logits is None else self._finish(logits, info), info
 
-    def _start(self, budget: Any) -> Observation:
-        """Draw images and a budget, and go to the first layer."""
+    def _start(self, budget: Any) -> tuple[Observation, dict[str, Any]]:
+        """Draw images and a budget, and go to the first layer: what is seen there, and the info."""
         problem = self.problem
         if budget is None:
             budget = problem.value if problem.span is None else float(self.np_random.uniform(*problem.span))
@@ -217,7 +220,9 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._labels = problem.labels[index]
         self._walk = problem.walker.walk(problem.images[index])
         self._advance(None)
-        return self._passage.observe(self._question)
+        question = self._question
+        assert question is not None, "a walk begins with a question"
+        return self._passage.observe(question), {"group": question.name}
 
     def _advance(self, active: Tensor | None) -> Tensor | None:
         """Go on to the next question; the outputs, if there is none."""
@@ -225,7 +230,7 @@ class RuntimePruningVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self._question = None
         with torch.no_grad(), autocast(self.problem.images.device, self.problem.dtype):
             try:
-                self._question = self._walk.send(active)
+                self._question = next(self._walk) if active is None else self._walk.send(active)
             except StopIteration as end:
                 return end.value
         return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -45,9 +47,13 @@ def watching(network: nn.Module, names: Iterable[str], observe: Observer) -> Ite
             if id(module) in watched:
                 continue
             watched.add(id(module))
-            hook = module.register_forward_pre_hook(lambda module, args, name=name: observe(name, module, args[0]))
+            hook = module.register_forward_pre_hook(partial(_told, observe, name))
             stack.callback(hook.remove)
         yield network
+
+
+def _told(observe: Observer, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    observe(name, module, args[0])
 
 
 def channels_last(x: Tensor, module: nn.Module) -> Float[Tensor, "sample position channel"]:

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
 from prune_env.pruning.activations import channels_last, watching
 from prune_env.pruning.graph import Group, Slot
@@ -78,15 +79,15 @@ class Consumer:
 
     def shifts(self, network: nn.Module) -> bool:
         """Whether a change of the mean output has a place to go: a bias, or the running mean of a BatchNorm."""
-        return self.norm is not None or network.get_submodule(self.name).bias is not None
+        return self.norm is not None or isinstance(network.get_submodule(self.name).bias, Tensor)
 
     def shift(self, network: nn.Module, change: Float[Tensor, " out"]) -> None:
         """Add a constant to the outputs as the rest of the network sees them."""
         bias = network.get_submodule(self.name).bias
-        if bias is not None:
+        if isinstance(bias, Tensor):
             bias += change.to(bias)
         elif self.norm is not None:
-            mean = network.get_submodule(self.norm).running_mean
+            mean = network.get_buffer(f"{self.norm}.running_mean")
             mean -= change.to(mean)
 
     def samples(
@@ -116,7 +117,7 @@ def draw(positions: int, limit: int, generator: torch.Generator) -> Tensor:
 
 
 def windows(
-    module: nn.Module, x: Float[Tensor, "sample channel *space"], *, limit: int, generator: torch.Generator
+    module: _ConvNd, x: Float[Tensor, "sample channel *space"], *, limit: int, generator: torch.Generator
 ) -> Float[Tensor, "sample position channel tap"]:
     """The windows of a convolution at some output positions: any stride, padding, padding mode and dilation."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -141,9 +142,17 @@ def complement(positions: np.ndarray, size: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(kept))
 
 
+def weights_of(module: nn.Module) -> Tensor:
+    """A module's weights, detached."""
+    weight = module.weight
+    assert isinstance(weight, Tensor), f"{type(module).__name__} has no weights"
+    return weight.detach()
+
+
 def oriented(module: nn.Module) -> Float[Tensor, "out channel *tap"]:
     """A layer's weights with the outputs first."""
-    return module.weight.detach().transpose(0, 1) if isinstance(module, TRANSPOSED) else module.weight.detach()
+    weights = weights_of(module)
+    return weights.transpose(0, 1) if isinstance(module, TRANSPOSED) else weights
 
 
 def consumers(

@@ -16,7 +16,9 @@ from functools import cached_property
 import torch
 import torch_pruning
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch_pruning import _helpers
+from torch_pruning.pruner.function import BasePruningFunc
 
 Position = tuple[str, str, int]
 """(module or parameter name, role, position along the axis); a name with `#` is an operation without a module."""
@@ -253,7 +255,7 @@ class _Walk:
 
     def from_layer(self, layer: nn.Module) -> None:
         """Follow all outputs of a convolution or linear layer."""
-        pruner = self.graph.get_pruner_of_module(layer)
+        pruner = self._pruner(layer)
         fn = pruner.prune_out_channels
         node = self.graph.module2node[layer]
         name = self._name(node)
@@ -274,6 +276,11 @@ class _Walk:
         while stack:
             node, fn, indices = stack.pop()
             stack.extend(self._edges(node, fn, indices))
+
+    def _pruner(self, layer: nn.Module) -> BasePruningFunc:
+        pruner = self.graph.get_pruner_of_module(layer)
+        assert pruner is not None, "Torch-Pruning has one for every convolution and linear layer"
+        return pruner
 
     def _edges(self, node, fn, indices):
         for edge in node.dependencies:
@@ -310,7 +317,7 @@ class _Walk:
     def _size(self, node, fn) -> int:
         """Positions that an axis has; of an operation without a module, what the widest layer reads or writes."""
         if isinstance(node.module, LAYERS):
-            pruner = self.graph.get_pruner_of_module(node.module)
+            pruner = self._pruner(node.module)
             outputs = self._role(node, fn) == "out"
             return pruner.get_out_channels(node.module) if outputs else pruner.get_in_channels(node.module)
         return self.widest
@@ -356,7 +363,7 @@ def _join_grouped(coupling: Coupling, network: nn.Module) -> None:
             _join_convolution(coupling, name, module)
 
 
-def _join_convolution(coupling: Coupling, name: str, module: nn.Module) -> None:
+def _join_convolution(coupling: Coupling, name: str, module: _ConvNd) -> None:
     reads, writes = module.in_channels // module.groups, module.out_channels // module.groups
     # Torch-Pruning writes a depthwise convolution's input as its output: one function prunes both.
     depthwise = module.groups == module.out_channels

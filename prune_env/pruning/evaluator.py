@@ -137,8 +137,7 @@ class Evaluator:
         """
         worth = judge(self.realise(plan), plan)
         self.evaluations += 1
-        sizes = {"macs": self.graph.macs(plan), "params": self.graph.params(plan)}
-        return Measurement(**worth._asdict(), **sizes)
+        return Measurement(macs=self.graph.macs(plan), params=self.graph.params(plan), **worth._asdict())
 
     def instant(self, network: nn.Module, plan: Plan) -> Worth:
         """The usual judge: accuracy and loss as the network is."""

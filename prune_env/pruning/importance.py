@@ -8,10 +8,10 @@ channels of one group; between groups only `second_order`, `taylor`, `obd` and `
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from types import MappingProxyType
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from prune_env.checks import check_name
 from prune_env.pruning.activations import channels_last, evaluating, pooled
-from prune_env.pruning.consumer import oriented
+from prune_env.pruning.consumer import oriented, weights_of
 from prune_env.pruning.graph import Group, LayerGraph, Slot
 from prune_env.pruning.moments import Moments, collect
 from prune_env.pruning.sensitivity import Shares, largest, sample_size, sensitivities, summed
@@ -107,9 +107,13 @@ def score(
     return IMPORTANCES[name].rank(Evidence(network, graph.groups, batch, moments, seed))
 
 
+def _total(tensors: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)
+
+
 def l1(evidence: Evidence) -> Scores:
     """Sum of the absolute weights of a unit (Li et al., ICLR 2017)."""
-    return {group.name: sum(w.abs().sum((1, 2)) for w in _filters(evidence, group)) for group in evidence.groups}
+    return {group.name: _total(w.abs().sum((1, 2)) for w in _filters(evidence, group)) for group in evidence.groups}
 
 
 def l1_inputs(evidence: Evidence) -> Scores:
@@ -125,7 +129,8 @@ def l1_inputs(evidence: Evidence) -> Scores:
 def l2(evidence: Evidence) -> Scores:
     """Euclidean norm of a unit's weights."""
     return {
-        group.name: sum(w.square().sum((1, 2)) for w in _filters(evidence, group)).sqrt() for group in evidence.groups
+        group.name: _total(w.square().sum((1, 2)) for w in _filters(evidence, group)).sqrt()
+        for group in evidence.groups
     }
 
 
@@ -163,8 +168,8 @@ def bn_scale(evidence: Evidence) -> Scores:
     for group in evidence.groups:
         norms = [slot for slot in group.carriers if _is_scaled_norm(evidence.network, slot)]
         if norms:
-            scores[group.name] = sum(
-                _per_channel(evidence.network.get_submodule(slot.module).weight.detach().abs(), slot, group)
+            scores[group.name] = _total(
+                _per_channel(weights_of(evidence.network.get_submodule(slot.module)).abs(), slot, group)
                 for slot in norms
             )
     return scores
@@ -179,7 +184,7 @@ def taylor(evidence: Evidence) -> Scores:
     scores = {group.name: torch.zeros(group.channels) for group in evidence.groups}
     for share, _, products in _products(evidence):
         for group in evidence.groups:
-            change = sum(_summed(products, evidence.network, slot, group) for slot in group.producers)
+            change = _total(_summed(products, evidence.network, slot, group) for slot in group.producers)
             scores[group.name] += share * change.square()
     return scores
 

@@ -202,7 +202,7 @@ def measure_latency(
     copy = deepcopy(network).eval().to(device=example.device, dtype=example.dtype)
     copy = copy.to(memory_format=torch.channels_last)
     images = _laid_out(example)
-    own = {} if clock is None else {"timer": clock}
+    own: dict[str, Any] = {} if clock is None else {"timer": clock}
     timer = Timer("network(images)", globals={"network": copy, "images": images}, num_threads=threads, **own)
     with torch.inference_mode():
         taken = timer.blocked_autorange(min_run_time=min_run_time)

@@ -229,19 +229,23 @@ class MomentSum:
     The origin keeps inputs precise whose variance is small beside their mean: products are summed in float32.
     """
 
-    origin: Tensor | None = None
     count: int = 0
-    first: Tensor | float = 0.0
-    second: Tensor | float = 0.0
+    origin: Tensor = field(init=False)
+    first: Tensor = field(init=False)
+    second: Tensor = field(init=False)
 
     def add(self, columns: Float[Tensor, "sample column"]) -> None:
         """Count samples in."""
-        if self.origin is None:
+        if self.count == 0:
             self.origin = columns.mean(0)
         columns = columns - self.origin
+        first, second = columns.sum(0).double().cpu(), (columns.T @ columns).double().cpu()
+        if self.count == 0:
+            self.first, self.second = first, second
+        else:
+            self.first += first
+            self.second += second
         self.count += len(columns)
-        self.first += columns.sum(0).double().cpu()
-        self.second += (columns.T @ columns).double().cpu()
 
     def mean(self) -> Float[Tensor, " column"]:
         """Mean, float64."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prune_env.pruning.activations import channels_last, evaluating, watching
-from prune_env.pruning.consumer import draw, oriented
+from prune_env.pruning.consumer import draw, oriented, weights_of
 from prune_env.pruning.graph import Group
 from prune_env.pruning.surgery import CONVOLUTIONS, TRANSPOSED
 
@@ -150,7 +150,7 @@ class Maxima:
     def __init__(self, network: nn.Module, name: str, groups: Sequence[Group]) -> None:
         module = network.get_submodule(name)
         self.weights = _weights(module)
-        self.taps = math.prod(module.weight.shape[2:])
+        self.taps = math.prod(weights_of(module).shape[2:])
         self.best: dict[str, Tensor] = {}
         self.seen = False
         self._blocks: list[tuple[str, Tensor, Tensor]] = []
@@ -222,6 +222,7 @@ def _windows(module: nn.Module, x: Tensor) -> tuple[Float[Tensor, "sample column
         return channels_last(x, module).transpose(1, 2), 0
     if isinstance(module, TRANSPOSED):
         return x.flatten(2), 0
+    assert isinstance(module, CONVOLUTIONS)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
     axes = len(module.kernel_size)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -282,7 +282,7 @@ def _parameter(tensor: torch.Tensor, requires_grad: bool) -> nn.Parameter:
     # As torch's lazy parameters become plain ones; the constructor would make a second tensor around the first.
     tensor.__class__ = nn.Parameter
     tensor.requires_grad = requires_grad
-    return tensor
+    return cast(nn.Parameter, tensor)
 
 
 def _sizes(module: nn.Module, role: str) -> tuple[tuple[str, int, int], ...]:

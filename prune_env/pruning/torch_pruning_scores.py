@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_pruning import importance
+from torch_pruning import DependencyGraph, importance
 
 from prune_env.pruning.coupling import dependencies
 
@@ -79,8 +79,9 @@ def _add_gradients(measure: importance.Importance, network: nn.Module, batch: tu
                 measure.accumulate_grad(network)
 
 
-def _of(measure: importance.Importance, graph: object, layer: nn.Module) -> Float[Tensor, " channel"] | None:
+def _of(measure: importance.Importance, graph: DependencyGraph, layer: nn.Module) -> Float[Tensor, " channel"] | None:
     pruner = graph.get_pruner_of_module(layer)
+    assert pruner is not None, "Torch-Pruning has one for every convolution and linear layer"
     group = graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(pruner.get_out_channels(layer))))
     found = measure(group)
     # A group of zeros divided by its mean is not a number.

@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from prune_env.pruning.coupling import LAYERS, Coupling, Position, couple
@@ -63,7 +65,7 @@ def _layers(network: nn.Module, example: torch.Tensor) -> tuple[tuple[Layer, ...
     order: dict[str, int] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple, output: object) -> None:
+        def record(module: nn.Module, args: tuple, output: Any) -> None:
             order.setdefault(name, len(order))
             if isinstance(module, LAYERS):
                 tensor = args[0] if isinstance(module, TRANSPOSED) else output
@@ -93,8 +95,9 @@ def _layers(network: nn.Module, example: torch.Tensor) -> tuple[tuple[Layer, ...
 def _layer(name: str, module: nn.Module, positions: int) -> Layer:
     if isinstance(module, nn.Linear):
         return Layer(name, "linear", positions, (), (), module.in_features, module.out_features, 1)
-    size = module.kernel_size, module.stride
-    return Layer(name, "conv", positions, *size, module.in_channels, module.out_channels, module.groups)
+    assert isinstance(module, _ConvNd)
+    kernel, stride = module.kernel_size, module.stride
+    return Layer(name, "conv", positions, kernel, stride, module.in_channels, module.out_channels, module.groups)
 
 
 @dataclass
@@ -176,11 +179,10 @@ def _group(
             axes.setdefault((name, role), []).append((position, unit))
     producers, carriers, consumers = [], [], []
     for (name, role), pairs in sorted(axes.items(), key=lambda item: order.get(item[0][0], 0)):
-        module = modules.get(name)
         index, unit = np.array(sorted(pairs), dtype=np.int64).T
         if role == "parameter":
             carriers.append(Slot(name, role, index, unit, dims[name]))
-        elif not isinstance(module, LAYERS):
+        elif not isinstance(module := modules[name], LAYERS):
             if next(module.parameters(), None) is not None or getattr(module, "running_mean", None) is not None:
                 carriers.append(Slot(name, "both", index, unit))
         elif _grouped(module):

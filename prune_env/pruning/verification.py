@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,11 +92,17 @@ class Check:
         return None
 
 
+def _keep(
+    outputs: dict[str, list[torch.Tensor]], name: str, _: nn.Module, __: tuple[Any, ...], output: torch.Tensor
+) -> None:
+    outputs.setdefault(name, []).append(output)
+
+
 def _outputs(network: nn.Module, sample: torch.Tensor) -> dict[str, list[torch.Tensor]]:
     """Outputs of every convolution and linear layer, call by call, and under `""` those of the network."""
     outputs: dict[str, list[torch.Tensor]] = {}
     handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: outputs.setdefault(name, []).append(output))
+        module.register_forward_hook(partial(_keep, outputs, name))
         for name, module in network.named_modules()
         if isinstance(module, LAYERS) and name
     ]

@@ -172,10 +172,24 @@ class Enclosed(nn.Module):
         return self.head(self.block(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
 
 
+class Paired(nn.Module):
+    """A module that changes nothing hands on two maps at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(16, 5)
+        self.kept = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x).relu()
+        pair = self.kept((y, self.two(y).relu()))
+        return self.head(torch.cat([pair[0].mean((2, 3)), pair[1].mean((2, 3))], dim=1))
+
+
 NATIVE = {cls.__name__.lower(): cls for cls in (Kernels, Wide, Flat, Tokens, InPlace, Stream)}
 """Networks that the kernel runs."""
 
-OTHERS = {cls.__name__.lower(): cls for cls in (Sequence, Padded, Branching, TwoInputs, Named, Enclosed)}
+OTHERS = {cls.__name__.lower(): cls for cls in (Sequence, Padded, Branching, TwoInputs, Named, Enclosed, Paired)}
 """Networks that only torch's operations run."""
 
 

@@ -74,6 +74,7 @@ def test_the_kernel_runs_these(name: str) -> None:
         "twoinputs": "more than one input",
         "named": "not its one argument",
         "enclosed": "a module of torch's own",
+        "paired": "not another operation's output",
     }.items(),
 )
 @compiling

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -30,6 +30,8 @@ class Choice(nn.Module):
         doubted: `[channel]` outside the static top.
         trust: Trust R in the runtime decision.
     """
+
+    doubted: Tensor
 
     def __init__(
         self,
@@ -91,13 +93,17 @@ class Anatomy(nn.Module):
         reads: Sequence[Read],
     ) -> None:
         super().__init__()
-        self.network, self.choices, self.policy, self.costs = network, nn.ModuleList(choices), policy, costs
-        self.names, self.reads = tuple(names), tuple(tuple(read) for read in reads)
+        # torch's list does not say what it holds.
+        listed = cast("Sequence[Choice]", nn.ModuleList(choices))
+        self.network, self.choices, self.policy, self.costs = network, listed, policy, costs
+        self.names = tuple(names)
+        self.reads = tuple((module, layer, index, unit) for module, layer, index, unit in reads)
 
     @property
     def layers(self) -> list[GatedLayer]:
         """The gated layers in forward order."""
-        return [self.network.get_submodule(name) for name in self.names]
+        # By name torch knows them as modules only.
+        return cast("list[GatedLayer]", [self.network.get_submodule(name) for name in self.names])
 
     @property
     def constant(self) -> bool:
@@ -124,7 +130,7 @@ class Session:
         self, at: int, pooled: Float[Tensor, "sample input"], runtime: Float[Tensor, "sample channel"]
     ) -> tuple[Float[Tensor, " channel"], Bool[Tensor, "sample channel"]]:
         """Static scores and active channels of layer `at`, decided from what it reads and scores."""
-        choice: Choice = self.anatomy.choices[at]
+        choice = self.anatomy.choices[at]
         self.active.append(choice.select(runtime, self._keep(at, choice, pooled, runtime)))
         return choice.score, self.active[-1]
 

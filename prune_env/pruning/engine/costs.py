@@ -28,6 +28,11 @@ class Costs(nn.Module):
         dense_params: Likewise.
     """
 
+    constant: Tensor
+    weight: Tensor
+    offset: Tensor
+    slope: Tensor
+
     def __init__(self, forms: Accounting, kept: Int64[np.ndarray, " layer"]) -> None:
         super().__init__()
         cost, columns = forms.graph.cost["macs"], [forms.graph.position(name) for name in forms.names]
@@ -63,5 +68,5 @@ class Costs(nn.Module):
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
-            self._buffers[name] = buffer.to(self._buffers[name].device)
+            self._buffers[name] = buffer.to(self.get_buffer(name).device)
         return self

@@ -11,30 +11,34 @@ from torch import Tensor
 
 from prune_env.pruning.engine import native
 from prune_env.pruning.engine.anatomy import Anatomy
+from prune_env.pruning.engine.policy import RuntimePolicy
 
 
 class Reader:
-    """Which inputs of a layer are channels of gated layers."""
+    """Which inputs of a layer are channels of gated layers.
+
+    Attributes:
+        parts: The gated layers, each with positions and the channel of each; None for one by one.
+    """
 
     def __init__(self) -> None:
-        self.parts: list[tuple[int, np.ndarray | None, np.ndarray | None]] = []
+        self.parts: list[tuple[int, tuple[np.ndarray, np.ndarray] | None]] = []
 
     def add(self, layer: int, index: tuple[int, ...] | None, unit: tuple[int, ...] | None) -> None:
         """Positions `index` belong to channels `unit` of a gated layer; None for one by one."""
-        pair = (None, None) if index is None else (np.array(index), np.array(unit))
-        self.parts.append((layer, *pair))
+        self.parts.append((layer, None if index is None else (np.array(index), np.array(unit))))
 
     def alone(self, flow: Flow) -> int | None:
         """The gated layer whose channels, one by one and none but the active, are all of the input."""
-        layer, index, _ = self.parts[0]
-        return layer if len(self.parts) == 1 and index is None and not flow.whole[layer] else None
+        layer, places = self.parts[0]
+        return layer if len(self.parts) == 1 and places is None and not flow.whole[layer] else None
 
     def only(self, layer: int, width: int) -> bool:
         """Whether the whole input is the channels of this gated layer, in their order."""
-        (first, index, unit), *others = self.parts
+        (first, places), *others = self.parts
         if others or first != layer:
             return False
-        return index is None or np.array_equal(positions_of(index, unit).ravel(), np.arange(width))
+        return places is None or np.array_equal(positions_of(*places).ravel(), np.arange(width))
 
 
 class Flow:
@@ -42,11 +46,17 @@ class Flow:
 
     Args:
         deployed: The network that runs.
+
+    Raises:
+        RuntimeError: There is no kernel here.
     """
 
     def __init__(self, deployed: Anatomy) -> None:
+        kernel = native.kernel()
+        if kernel is None:
+            raise RuntimeError("there is no compiled kernel here")
         # Not the network itself: its program lives as long as it does, and must not keep it alive.
-        self.choices, self.costs, self.kernel = list(deployed.choices), deployed.costs, native.kernel()
+        self.choices, self.costs, self.kernel = list(deployed.choices), deployed.costs, kernel
         widths = [layer.channels for layer in deployed.layers]
         self.active = [torch.zeros(width, dtype=torch.int32) for width in widths]
         self.columns = [torch.zeros(width, dtype=torch.int32) for width in widths]
@@ -57,14 +67,14 @@ class Flow:
         self.threads = 1
         self._space, self._room = torch.zeros(0), 0
         self._tensors: list[Tensor] = []
-        self.learned, self.policy, self.memory = deployed.policy, None, None
-        if self.learned is not None:
-            self.policy, self.memory = self._policy(), self._memory()
+        self.learned = deployed.policy
+        self.policy = None if self.learned is None else self._policy(self.learned)
+        self.memory = None if self.learned is None else self._memory(self.learned)
 
     def begin(self, threads: int) -> None:
         """A new input."""
         self.threads = threads
-        if self.policy is not None:
+        if self.policy is not None and self.memory is not None:
             self.kernel.begin(byref(self.policy), byref(self.memory))
 
     def counts(self) -> Int64[Tensor, " layer"]:
@@ -84,8 +94,8 @@ class Flow:
         self._tensors.append(native.paged(values) if values.nbytes >= native.HUGE_PAGE // 2 else values.clone())
         return self._tensors[-1].data_ptr()
 
-    def _policy(self) -> native.Policy:
-        policy, costs = self.learned, self.costs
+    def _policy(self, policy: RuntimePolicy) -> native.Policy:
+        costs = self.costs
         names = ("recurrent", "encoded", "spent", "previous", "head")
         return native.Policy(
             hidden=len(policy.head),
@@ -100,8 +110,8 @@ class Flow:
             second=self.pin(costs.offset[1], torch.float64),
         )
 
-    def _memory(self) -> native.Memory:
-        hidden, terms = torch.zeros(len(self.learned.head)), self.costs.offset[0]
+    def _memory(self, policy: RuntimePolicy) -> native.Memory:
+        hidden, terms = torch.zeros(len(policy.head)), self.costs.offset[0]
         return native.Memory(
             hidden=self.pin(hidden),
             cell=self.pin(hidden),
@@ -109,8 +119,10 @@ class Flow:
             second=self.pin(terms, torch.float64),
         )
 
-    def seat(self, at: int, order: Tensor | None) -> native.Seat:
-        """The policy's place in front of a gated layer that reads its inputs in an order."""
+    def seat(self, at: int, order: Tensor | None) -> native.Seat | None:
+        """The policy's place in front of a gated layer that reads its inputs in an order; None without a policy."""
+        if self.learned is None:
+            return None
         seat, costs = self.learned.seats[at], self.costs
         pooled = seat.pooled if order is None else seat.pooled[order]
         (pooled_mean, pooled_factor), (runtime_mean, runtime_factor) = seat.sees

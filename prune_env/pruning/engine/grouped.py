@@ -7,15 +7,17 @@ channel is not active.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
 from prune_env.pruning.engine.anatomy import HOOKED, Anatomy, Session
-from prune_env.pruning.gating.layer import GatedLayer
+from prune_env.pruning.gating.layer import GatedLayer, Producer
 
 WORTH = 4_000_000
 """Multiply-accumulates that gathering weights costs as much as; a layer that would save less is computed whole."""
@@ -44,10 +46,10 @@ class _Run:
 
     def __init__(self, deployed: Anatomy, session: Session, worth: int) -> None:
         self.deployed, self.session, self.worth = deployed, session, worth
-        self.readers: dict[str, list[tuple[int, np.ndarray | None, np.ndarray | None]]] = {}
+        self.readers: dict[str, list[tuple[int, tuple[np.ndarray, np.ndarray] | None]]] = {}
         for module, layer, index, unit in deployed.reads:
-            pair = (None, None) if index is None else (np.array(index), np.array(unit))
-            self.readers.setdefault(module, []).append((layer, *pair))
+            places = None if index is None else (np.array(index), np.array(unit))
+            self.readers.setdefault(module, []).append((layer, places))
 
     def __call__(self, x: Tensor) -> Tensor:
         network, undo = self.deployed.network, []
@@ -73,7 +75,7 @@ class _Run:
         y = layer.norm(self._compute(layer.producer, x, name, active))
         return layer.opened(y, runtime, static, active)
 
-    def _compute(self, module: nn.Module, x: Tensor, name: str, active: Bool[Tensor, "sample output"] | None) -> Tensor:
+    def _compute(self, module: Producer, x: Tensor, name: str, active: Bool[Tensor, "sample output"] | None) -> Tensor:
         """The layer on active inputs and outputs only; outputs that are not active are zero."""
         inputs = self._inputs(name, len(x), module.weight.shape[1])
         choices = torch.cat([part for part in (inputs, active) if part is not None], dim=1)
@@ -93,7 +95,7 @@ class _Run:
         assert result is not None
         return result
 
-    def _gathered(self, module: nn.Module, x: Tensor, read: Tensor | None, write: Tensor | None) -> Tensor:
+    def _gathered(self, module: Producer, x: Tensor, read: Tensor | None, write: Tensor | None) -> Tensor:
         weight, bias, linear = module.weight, module.bias, isinstance(module, nn.Linear)
         operation = _operation(module)
         ins, outs = weight.shape[1] if read is None else len(read), len(weight) if write is None else len(write)
@@ -116,11 +118,12 @@ class _Run:
         if name not in self.readers:
             return None
         open_ = torch.ones(samples, width, dtype=torch.bool, device=self.session.active[0].device)
-        for layer, index, unit in self.readers[name]:
+        for layer, places in self.readers[name]:
             active = self.session.active[layer]
-            if index is None:
+            if places is None:
                 open_ &= active
             else:
+                index, unit = places
                 open_[:, torch.from_numpy(index)] &= active[:, torch.from_numpy(unit)]
         return open_
 
@@ -131,21 +134,21 @@ def _only(y: Tensor, write: Tensor, axis: int) -> Tensor:
     return y.index_fill_(axis, closed.nonzero().flatten(), 0)
 
 
-def _gatherable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (
-        type(module) in CONVOLUTIONS and module.groups == 1 and module.padding_mode == "zeros"
-    )
+def _gatherable(module: nn.Module) -> TypeGuard[Producer]:
+    if not isinstance(module, _ConvNd):
+        return isinstance(module, nn.Linear)
+    return type(module) in CONVOLUTIONS and module.groups == 1 and module.padding_mode == "zeros"
 
 
-def _operation(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def _operation(module: Producer) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     if isinstance(module, nn.Linear):
         return functional.linear
     convolve = CONVOLUTIONS[type(module)]
     return lambda x, weight, bias: convolve(x, weight, bias, module.stride, module.padding, module.dilation)
 
 
-def _area_of_stride(module: nn.Module) -> int:
-    return int(np.prod(module.stride)) if hasattr(module, "stride") else 1
+def _area_of_stride(module: Producer) -> int:
+    return 1 if isinstance(module, nn.Linear) else int(np.prod(module.stride))
 
 
 def _replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[], None]:

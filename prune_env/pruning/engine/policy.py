@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float, Float64
@@ -105,7 +106,8 @@ class RuntimePolicy(nn.Module):
         least: float,
     ) -> None:
         super().__init__()
-        self.seats = nn.ModuleList(seats)
+        # torch's list does not say what it holds.
+        self.seats = cast("Sequence[PolicySeat]", nn.ModuleList(seats))
         self.encoded, self.recurrent = _frozen(encoded), _frozen(recurrent)
         self.spent, self.previous, self.head = _frozen(spent), _frozen(previous), _frozen(head)
         self.head_bias, self.least = head_bias, least
@@ -132,7 +134,7 @@ class RuntimePolicy(nn.Module):
             spent: Macs so far as a share of the dense network's.
             memory: Of these inputs.
         """
-        seat: PolicySeat = self.seats[at]
+        seat = self.seats[at]
         with torch.autocast(self.head.device.type, enabled=False):
             gates = seat.recurrent_bias + seat.encode(pooled, runtime) @ self.encoded + memory.hidden @ self.recurrent
             gates = gates + (spent.clamp(0.0, 2.0) / 2.0).float()[:, None] * self.spent

@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_env.pruning.engine.anatomy import Anatomy
 from prune_env.pruning.engine.flow import Flow, Reader
 from prune_env.pruning.engine.native import kernel
-from prune_env.pruning.engine.steps import GateStep, LayerStep, PoolStep, poolable, runnable
+from prune_env.pruning.engine.steps import GateStep, LayerStep, PoolStep, Runnable, poolable, runnable
 from prune_env.pruning.gating.layer import GatedLayer
 from prune_env.pruning.gating.walk import unrolled
 from prune_env.pruning.surgery import BATCH_NORMS
@@ -96,7 +97,7 @@ class Program:
                 self._add(node)
         if self._turns != list(range(len(self._gated))):
             raise Unfit("a gated layer inside a module of torch's own")
-        self._values = [None] * len(self.module.graph.nodes)
+        self._values: list[Any] = [None] * len(self.module.graph.nodes)
 
     def run(self, x: Float[Tensor, "1 ..."]) -> tuple[Tensor, Int64[Tensor, " layer"]]:
         """Outputs for one input, and the active channels of each gated layer."""
@@ -111,6 +112,13 @@ class Program:
     def _slot(self, node: fx.Node) -> int:
         return self._slots.setdefault(node, len(self._slots))
 
+    def _source(self, node: fx.Node) -> int:
+        """The slot of a node's first argument."""
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            raise Unfit(f"{node.target}: its input is not another operation's output")
+        return self._slot(source)
+
     def _add(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             if self._slot(node) != 0:
@@ -122,14 +130,14 @@ class Program:
             self.steps.append(_answer(self._arguments(node.args[0])))
             return
         if node.op == "get_attr":
-            value, at = operator.attrgetter(node.target)(self.module), self._slot(node)
+            value, at = operator.attrgetter(str(node.target))(self.module), self._slot(node)
             self.steps.append(lambda values: values.__setitem__(at, value))
             return
         called = self._called(node)
         if (isinstance(called, PASSING) or self._computes(called)) and (len(node.args) != 1 or node.kwargs):
             raise Unfit(f"{node.target}: its input is not its one argument")
         if isinstance(called, PASSING):
-            self._slots[node] = self._slot(node.args[0])
+            self._slots[node] = self._source(node)
         elif isinstance(called, GatedLayer):
             self._gate(node, called)
         elif runnable(called):
@@ -140,7 +148,7 @@ class Program:
             self._torch(node)
 
     def _called(self, node: fx.Node) -> Any:
-        return self.module.get_submodule(node.target) if node.op == "call_module" else node.target
+        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else node.target
 
     def _computes(self, called: Any) -> bool:
         return isinstance(called, GatedLayer) or runnable(called)
@@ -165,7 +173,7 @@ class Program:
         """A step of torch's own, or of the network's."""
         called, target = self._called(node), self._slot(node)
         if node.op == "call_method":
-            name = node.target
+            name = str(node.target)
 
             def called(value: Any, *args: Any, **kwargs: Any) -> Any:
                 return getattr(value, name)(*args, **kwargs)
@@ -177,7 +185,7 @@ class Program:
         args, kwargs = self._arguments(tuple(node.args)), self._arguments(dict(node.kwargs))
         self.steps.append(lambda values: values.__setitem__(target, called(*args(values), **kwargs(values))))
 
-    def _layer(self, node: fx.Node, module: nn.Module) -> None:
+    def _layer(self, node: fx.Node, module: Runnable) -> None:
         """A layer that is not gated; whatever norm and rectifier stand alone behind it go with it."""
         last, norm = node, None
         behind = self._alone(last)
@@ -200,7 +208,7 @@ class Program:
         self._place(node, last, step)
 
     def _place(self, node: fx.Node, last: fx.Node, step: Callable[[Tensor], Tensor]) -> None:
-        source, target = self._slot(node.args[0]), self._slot(last)
+        source, target = self._source(node), self._slot(last)
         while node is not last:
             self._slots[node] = target
             node = next(iter(node.users))
@@ -251,8 +259,8 @@ def _first_alone(node: fx.Node) -> bool:
         return False
     flattens = node.op != "call_module" and node.target in (torch.flatten, "flatten")
     start = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
-    return not flattens or start == 1
+    return not flattens or bool(start == 1)
 
 
-def _fixed(norm: nn.Module) -> bool:
+def _fixed(norm: _BatchNorm) -> bool:
     return norm.track_running_stats and norm.running_mean is not None

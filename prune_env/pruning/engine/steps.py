@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import byref, c_int
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_env.pruning.engine import native
 from prune_env.pruning.engine.flow import Flow, Reader, positions_of
@@ -20,8 +21,11 @@ BLOCK = 64
 MOST = 2**31
 """Numbers of workspace that the kernel's integers can tell apart."""
 
+Runnable = nn.Linear | nn.Conv2d
+"""A layer that the kernel may be able to run."""
 
-def runnable(module: Any) -> bool:
+
+def runnable(module: Any) -> TypeGuard[Runnable]:
     """Whether the kernel can run a layer: a linear one, or a plain two-dimensional convolution."""
     if type(module) is nn.Linear:
         return True
@@ -50,7 +54,7 @@ class PoolStep:
 
     def __init__(self, module: nn.Module, flow: Flow) -> None:
         self.module, self.kernel, self.windows = module, flow.kernel, isinstance(module, nn.MaxPool2d)
-        if self.windows:
+        if isinstance(module, nn.MaxPool2d):
             self.size, self.padding = _pair(module.kernel_size), _pair(module.padding)
             self.stride = self.size if module.stride is None else _pair(module.stride)
             self._sizes = [(c_int * 2)(*pair) for pair in (self.size, self.stride, self.padding)]
@@ -93,10 +97,10 @@ class LayerStep:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Runnable,
         flow: Flow,
         *,
-        norm: nn.Module | None,
+        norm: _BatchNorm | None,
         rectify: bool,
         reader: Reader | None,
         columns: Tensor | None = None,
@@ -113,14 +117,13 @@ class LayerStep:
         rows[..., :outputs] = weight.flatten(2).permute(1, 2, 0) if weight.dim() > 2 else weight.t()[:, None]
         rows = rows.unflatten(2, (blocks, BLOCK)).permute(2, 0, 1, 3)
         scale, shift = _folded(module, norm)
-        sizes = ((1, 1), (1, 1), (0, 0), (1, 1)) if self.linear else _sizes(module)
+        sizes = ((1, 1), (1, 1), (0, 0), (1, 1)) if isinstance(module, nn.Linear) else _sizes(module)
         self.layer = native.Layer(
             inputs, outputs, *sizes, flow.pin(rows), flow.pin(scale), flow.pin(shift), int(rectify)
         )
         self.reference = byref(self.layer)
-        self.outputs, self.reader, self.sizes = outputs, reader, sizes
-        self._whole = reader is None or not any(reader.parts)
-        self._tables = {} if reader is None else _tables(reader)
+        self.outputs, self.reader, self.sizes = outputs, reader or Reader(), sizes
+        self._whole, self._tables = not self.reader.parts, _tables(self.reader)
         self._extents: dict[tuple[int, int], tuple[int, list[int]]] = {}
         self._read = np.zeros(inputs, dtype=np.int32)
 
@@ -146,7 +149,7 @@ class LayerStep:
         held = x.shape[-1 if self.linear else 1]
         if self._whole:
             return None, None, self._checked(held, self.layer.inputs), held
-        flow, (layer, *_) = self.flow, self.reader.parts[0]
+        flow, (layer, _) = self.flow, self.reader.parts[0]
         if self.order is not None:
             return None, flow.columns[layer].data_ptr(), self._checked(held, flow.kept[layer]), held
         if not flow.whole[layer]:
@@ -154,12 +157,13 @@ class LayerStep:
             self._read[: self._checked(held, len(kept))] = kept
             return None, self._read.ctypes.data, held, held
         positions = np.ones(self._checked(held, self.layer.inputs), dtype=bool)
-        for layer, index, unit in self.reader.parts:
+        for layer, places in self.reader.parts:
             open_ = np.zeros(len(flow.active[layer]), dtype=bool)
             open_[flow.active[layer].numpy()[: flow.kept[layer]]] = True
-            if index is None:
+            if places is None:
                 positions &= open_
             else:
+                index, unit = places
                 positions[index] &= open_[unit]
         read = positions.nonzero()[0]
         self._read[: len(read)] = read
@@ -215,13 +219,15 @@ class GateStep(LayerStep):
     """
 
     def __init__(self, gated: GatedLayer, flow: Flow, at: int, *, rectify: bool, reader: Reader | None) -> None:
-        norm = gated.norm if isinstance(gated.norm, nn.Module) and not isinstance(gated.norm, nn.Identity) else None
+        norm = None if isinstance(gated.norm, nn.Identity) else gated.norm
+        assert runnable(gated.producer)
         super().__init__(gated.producer, flow, norm=norm, rectify=rectify, reader=reader, columns=flow.order[at])
         self.at = at
         self._thinks = 2 * self.layer.inputs + self.outputs + BLOCK
         self.gate = _gate(gated, flow, at, self.order)
         self.active, self.chosen = flow.active[at].data_ptr(), flow.columns[at].data_ptr()
-        self.seat = None if flow.policy is None else byref(flow.seat(at, self.order))
+        seat = flow.seat(at, self.order)
+        self.seat = None if seat is None else byref(seat)
         self.factors = torch.zeros(2, self.outputs)
         self.scale, self.shift = (row.data_ptr() for row in self.factors)
 
@@ -239,8 +245,8 @@ class GateStep(LayerStep):
         flow, at = self.flow, self.at
         x, height, width = self._laid_out(x)
         source, inputs, channels, held = self._source(x)
-        memory = None if self.seat is None else byref(flow.memory)
-        policy = None if self.seat is None else byref(flow.policy)
+        memory = None if flow.memory is None else byref(flow.memory)
+        policy = None if flow.policy is None else byref(flow.policy)
         # A whole map holds zeros where a channel is not active: its mean needs no list of those that are.
         read, seen = (None, held) if source is not None else (inputs, channels)
         kept = self.kernel.decide(
@@ -278,16 +284,19 @@ def _gate(gated: GatedLayer, flow: Flow, at: int, order: Tensor | None) -> nativ
     )
 
 
-def _folded(module: nn.Module, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+def _folded(module: Runnable, norm: _BatchNorm | None) -> tuple[Tensor, Tensor]:
     """Scale and shift that the norm (or a bias) is, in evaluation mode."""
     outputs = len(module.weight)
     bias = torch.zeros(outputs) if module.bias is None else module.bias.detach().float()
     if norm is None:
         return torch.ones(outputs), bias
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = (variance.double() + norm.eps).rsqrt()
     if norm.affine:
         scale = scale * norm.weight.detach().double()
-    shift = (bias.double() - norm.running_mean.double()) * scale
+    shift = (bias.double() - mean.double()) * scale
     if norm.affine:
         shift = shift + norm.bias.detach().double()
     return scale.float(), shift.float()
@@ -305,5 +314,4 @@ def _sizes(module: nn.Conv2d) -> tuple[tuple[int, int], ...]:
 
 def _tables(reader: Reader) -> dict[int, np.ndarray]:
     """Gated layer -> `[channel, position]` of the inputs that are its channels, where they are not one by one."""
-    parts = ((layer, index, unit) for layer, index, unit in reader.parts if index is not None)
-    return {layer: positions_of(index, unit) for layer, index, unit in parts}
+    return {layer: positions_of(*places) for layer, places in reader.parts if places is not None}

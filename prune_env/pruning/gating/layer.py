@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from prune_env.pruning.surgery import BATCH_NORMS, CONVOLUTIONS
 
@@ -35,6 +37,9 @@ class Question:
 Decide = Callable[[Question], Bool[Tensor, "sample channel"]]
 """Answers a question with the channels that are active."""
 
+Producer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+"""A layer that a gate can belong to."""
+
 
 class RectifiedLinear(nn.Linear):
     """A gate that is never negative: a linear layer and a rectifier (feature boosting and suppression)."""
@@ -43,6 +48,7 @@ class RectifiedLinear(nn.Linear):
     def of(cls, linear: nn.Linear) -> RectifiedLinear:
         """A copy of a linear layer, rectified."""
         result = nn.utils.skip_init(cls, linear.in_features, linear.out_features, device=linear.weight.device)
+        assert isinstance(result, cls)
         result.load_state_dict(linear.state_dict())
         return result.train(linear.training)
 
@@ -57,6 +63,9 @@ class FixedNorm(nn.BatchNorm1d):
     Running ones would follow the masks: a channel that is never active comes to have no variance, and its first value
     after that would count as hundreds of deviations.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def forward(self, x: Float[Tensor, "sample input"]) -> Float[Tensor, "sample input"]:
         """`[sample, input]` standardised."""
@@ -115,23 +124,24 @@ class GatedLayer(nn.Module):
         added: Parameters per channel (beside the predictor's weights) that the ungated layer does not have.
     """
 
-    def __init__(self, producer: nn.Module, norm: nn.Module | None) -> None:
+    def __init__(self, producer: Producer, norm: _BatchNorm | None) -> None:
         super().__init__()
         self.producer = copy.deepcopy(producer)
         weight = self.producer.weight
         channels, inputs = weight.shape[0], weight.shape[1]
         scale, shift, self.added = torch.ones(channels), torch.zeros(channels), 2
         if norm is None:
-            self.norm: nn.Module = nn.Identity()
+            self.norm: _BatchNorm | nn.Identity = nn.Identity()
             if self.producer.bias is not None:
                 shift, self.added = self.producer.bias.detach().clone(), 1
-                self.producer.bias = None
+                self.producer.register_parameter("bias", None)
         else:
             self.norm = _without_affine(norm)
             if norm.affine:
                 scale, shift, self.added = norm.weight.detach().clone(), norm.bias.detach().clone(), 0
         self.sight, self.gain = FixedNorm(inputs, affine=False), inputs**-0.5
-        self.gate = nn.utils.skip_init(nn.Linear, inputs, channels)
+        # torch says only that it is a module.
+        self.gate = cast(nn.Linear, nn.utils.skip_init(nn.Linear, inputs, channels))
         with torch.no_grad():
             self.gate.weight.zero_()
             self.gate.bias.copy_(scale)
@@ -231,7 +241,7 @@ class GatedLayer(nn.Module):
         return self.gated(x, runtime, static, active)
 
 
-def _without_affine(norm: nn.Module) -> nn.Module:
+def _without_affine(norm: _BatchNorm) -> _BatchNorm:
     """The same BatchNorm with its statistics and without scale and shift."""
     bare = type(norm)(norm.num_features, eps=norm.eps, momentum=norm.momentum, affine=False)
     bare.load_state_dict({name: value for name, value in norm.state_dict().items() if name not in ("weight", "bias")})

@@ -73,7 +73,7 @@ class Habits:
 
     def __init__(self, layers: int) -> None:
         self._counts: list[list[np.ndarray]] = [[] for _ in range(layers)]
-        self._often: list[Tensor | int] = [0] * layers
+        self._often: list[Tensor] = [torch.tensor(0)] * layers
 
     def note(self, at: int, active: Bool[Tensor, "sample channel"]) -> None:
         """Take down the active channels of layer `at` for some images."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from prune_env.checks import check_name
-from prune_env.pruning.gating.layer import Decide, GatedLayer, Question, unfit
-from prune_env.pruning.gating.static import STATIC_IMPORTANCES
+from prune_env.pruning.gating.layer import Decide, GatedLayer, Producer, Question, unfit
+from prune_env.pruning.gating.static import STATIC_IMPORTANCES, StaticPredictor, StaticVector
 from prune_env.pruning.graph import Group, LayerGraph, Slot
 from prune_env.pruning.measure import evaluating
 from prune_env.pruning.plan import Plan
@@ -44,7 +46,12 @@ class GatedNetwork(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, static: nn.Module, graph: LayerGraph, names: tuple[str, ...], skipped: dict[str, str]
+        self,
+        network: nn.Module,
+        static: StaticVector | StaticPredictor,
+        graph: LayerGraph,
+        names: tuple[str, ...],
+        skipped: dict[str, str],
     ) -> None:
         super().__init__()
         self.network, self.static = network, static
@@ -54,7 +61,9 @@ class GatedNetwork(nn.Module):
     @property
     def layers(self) -> list[GatedLayer]:
         """The gated layers in forward order."""
-        return [self.network.get_submodule(producer_of(self.graph, name).module) for name in self.names]
+        layers = [self.network.get_submodule(producer_of(self.graph, name).module) for name in self.names]
+        # By name torch knows them as modules only.
+        return cast("list[GatedLayer]", layers)
 
     @property
     def full(self) -> np.ndarray:
@@ -94,10 +103,11 @@ class GatedNetwork(nn.Module):
         A network whose predictors have learned something computes something else afterwards.
         """
         seen: dict[int, Tensor] = {}
-        handles = [
-            layer.sight.register_forward_pre_hook(lambda _, args, at=at: seen.update({at: args[0]}))
-            for at, layer in enumerate(self.layers)
-        ]
+
+        def noting(at: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _, args: seen.update({at: args[0]})
+
+        handles = [layer.sight.register_forward_pre_hook(noting(at)) for at, layer in enumerate(self.layers)]
         before, self.decide = self.decide, None
         try:
             with evaluating(self):
@@ -119,7 +129,7 @@ class GatedNetwork(nn.Module):
         take over the root of each mean gate's size, so that both rank alike before they learn. A layer without a norm
         has no scales: the sizes of its filters become some.
         """
-        if not self.static.free:
+        if not isinstance(self.static, StaticVector):
             return
         filters = [layer.filter_sizes().clamp_min(LEAST_SCALE) for layer in self.layers]
         sizes = [layer.gate.bias.abs() * size for layer, size in zip(self.layers, filters, strict=True)]
@@ -182,7 +192,7 @@ def attach(network: nn.Module, graph: LayerGraph, example: Tensor, *, static: st
     if not names:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ValueError(f"the network has no layer that can carry a gate ({reasons})")
-    weights = [modules[producer_of(graph, name).module].weight.detach() for name in names]
+    weights = [_producer(private, graph, name).weight.detach() for name in names]
     with torch.random.fork_rng():
         scores = STATIC_IMPORTANCES[static](weights).to(example.device)
     return _assembled(network, graph, tuple(names), scores, skipped).train(network.training)
@@ -193,15 +203,27 @@ def producer_of(graph: LayerGraph, name: str) -> Slot:
     return graph.group(name).producers[0]
 
 
+def _producer(network: nn.Module, graph: LayerGraph, name: str) -> Producer:
+    """That layer of a network without gates."""
+    producer = network.get_submodule(producer_of(graph, name).module)
+    assert isinstance(producer, Producer)  # or the group would have been skipped
+    return producer
+
+
 def _assembled(
-    network: nn.Module, graph: LayerGraph, names: Sequence[str], static: nn.Module, skipped: dict[str, str]
+    network: nn.Module,
+    graph: LayerGraph,
+    names: Sequence[str],
+    static: StaticVector | StaticPredictor,
+    skipped: dict[str, str],
 ) -> GatedNetwork:
     """A copy of the network with gates at the named groups."""
     private = copy.deepcopy(network)
     for name in names:
         group = graph.group(name)
-        producer = private.get_submodule(group.producers[0].module)
+        producer = _producer(private, graph, name)
         norm = private.get_submodule(group.carriers[0].module) if group.carriers else None
+        assert norm is None or isinstance(norm, _BatchNorm)  # likewise
         private.set_submodule(group.producers[0].module, GatedLayer(producer, norm))
         if norm is not None:
             private.set_submodule(group.carriers[0].module, nn.Identity())
@@ -258,16 +280,17 @@ def _cut_graph(graph: LayerGraph, plan: Plan) -> LayerGraph:
 
 def _reason(group: Group, modules: Mapping[str, nn.Module]) -> str | None:
     """Why a group cannot carry a gate, or None if it can as far as its layers show."""
-    if len(group.producers) > 1:
+    first, *others = group.producers
+    if others:
         return f"{len(group.producers)} layers write it"
-    producer = modules[group.producers[0].module]
+    producer = modules[first.module]
     reason = unfit(producer, tuple(modules.get(slot.module) for slot in group.carriers))
-    if reason is None and not (
-        len(producer.weight) == group.channels
-        and all(_whole(slot, group) for slot in (*group.producers, *group.carriers))
-    ):
+    if reason is not None:
+        return reason
+    assert isinstance(producer, Producer)  # or it would be unfit
+    if not (len(producer.weight) == group.channels and all(_whole(slot, group) for slot in (first, *group.carriers))):
         return "it is only a part of its producer's channels"
-    return reason
+    return None
 
 
 def _whole(slot: Slot, group: Group) -> bool:
@@ -296,7 +319,7 @@ def _disagreement(network: nn.Module, graph: LayerGraph, names: Sequence[str], e
     generator = np.random.default_rng(0)
     noise = torch.from_numpy(generator.standard_normal((2, *example.shape[1:]))).to(example)
     sample = noise if example.is_floating_point() else example[:1].expand_as(noise)
-    weights = [network.get_submodule(producer_of(graph, name).module).weight.detach() for name in names]
+    weights = [_producer(network, graph, name).weight.detach() for name in names]
     trial = _assembled(network, graph, names, STATIC_IMPORTANCES["vector"](weights).to(sample.device), {})
     dropped = {
         name: generator.permutation(len(weight)) >= max(1, round(0.7 * len(weight)))

@@ -7,7 +7,6 @@ small predictor over filter features of the official code. Both start at one, wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -18,29 +17,6 @@ HIDDEN = 100
 
 FEATURES = ("learned", "distance", "norm", "taylor")
 """What the predictor reads of a channel, in the official code's order."""
-
-
-class StaticImportance(Protocol):
-    """A module that scores the channels of every gated layer.
-
-    Attributes:
-        free: Whether scores are numbers of their own, which `absorb` and `lower` of that class set; others follow from
-            the weights.
-    """
-
-    free: bool
-
-    def scores(self) -> list[Tensor]:
-        """`[channel]` per layer, in forward order, with gradients."""
-        ...
-
-    def refresh(self, weights: Mapping[int, Tensor]) -> None:
-        """Bring features that follow from weights and their gradients up to date."""
-        ...
-
-    def restrict(self, kept: list[Tensor]) -> None:
-        """Forget the channels that were cut away; `kept` holds the indices that stay, per layer."""
-        ...
 
 
 class StaticVector(nn.Module):
@@ -98,10 +74,11 @@ class StaticPredictor(nn.Module):
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
         self.learned = nn.ParameterList([nn.Parameter(torch.ones(len(weight))) for weight in weights])
-        self.predictor = nn.Sequential(nn.Linear(len(FEATURES), HIDDEN), nn.SELU(), nn.Linear(HIDDEN, 1))
+        first, last = nn.Linear(len(FEATURES), HIDDEN), nn.Linear(HIDDEN, 1)
+        self.predictor = nn.Sequential(first, nn.SELU(), last)
         with torch.no_grad():
-            self.predictor[2].weight.zero_()
-            self.predictor[2].bias.fill_(1.0)
+            last.weight.zero_()
+            last.bias.fill_(1.0)
         for at, weight in enumerate(weights):
             self.register_buffer(f"features_{at}", torch.zeros(len(weight), len(FEATURES) - 1))
         self.refresh(dict(enumerate(weights)))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prune_env.pruning.gating.layer import Decide, Question
 from prune_env.pruning.gating.network import GatedNetwork, producer_of
+from prune_env.pruning.gating.static import StaticVector
 from prune_env.pruning.gating.tradeoff import StaticDecision, decide_static
 from prune_env.pruning.plan import Plan
 
@@ -117,7 +118,9 @@ class StoredPart:
                 (weight, _), (_, bias) = layer.predictor(), small.predictor()
                 said = bias.to(weight) + (weight @ layer.sight.running_mean)[decision.kept]
                 layer.gate.bias.index_copy_(0, decision.kept.to(weight.device), said)
-        self.whole.static.lower([decision.removed for decision in self.decisions])
+        static = self.whole.static
+        assert isinstance(static, StaticVector)  # or `of` would have refused it
+        static.lower([decision.removed for decision in self.decisions])
 
 
 @torch.no_grad()
