@@ -38,7 +38,7 @@ SHAPES = {
     "lenet300100": (1, 28),
     "m-cifarnet": (3, 32),
     "vgg16_bn": (3, 32),
-    "wrn-40-4": (3, 32),
+    "wrn-40-4": (3, 16),
 }
 """Network -> channels and side of its images."""
 FAST = ("cnn", "lenet300100")
