@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 from agents.plot import png
 from benchmarks.lasting.candidates import KINDS, Candidate, Table, tables
@@ -17,6 +18,8 @@ from prune_env.files import write
 
 TOP = 5
 """Plans of which the best is looked at for the regret of a short list."""
+UNIFORM = "uniform-l1-none"
+"""How the name of the plan ends that the others are compared with."""
 SHOWN = 2
 """Rows of each kind in the Markdown table, besides those that nothing cheaper beats; the CSV file has all."""
 HEADS = ("score", "made from", "CPU s a plan", "tau-b", "regret of the best, points", f"of the best {TOP}, points")
@@ -92,7 +95,7 @@ def section(settings: Settings, table: Table, rows: Sequence[Judged]) -> str:
     lines = [
         f"### {settings.task} at {table.budget:g} of the macs",
         "",
-        to_win(table.spread),
+        to_win(table.spread) + over_uniform(table),
         "",
         _line(HEADS),
         _line(["---"] * len(HEADS)),
@@ -123,11 +126,27 @@ def to_win(spread: Spread) -> str:
     return text + f"Plans differ only {ratio:.1f} times as much as seeds: there is hardly more to win than the noise."
 
 
+def over_uniform(table: Table) -> str:
+    """How many plans are above uniform l1, and what luck alone would make of as many equal ones."""
+    plans, noise = len(table.plans), table.spread.noise
+    at = next((i for i, name in enumerate(table.plans) if name.endswith(UNIFORM)), None)
+    if at is None:
+        return ""
+    over = 100 * (table.truth - table.truth[at])
+    text = f" Uniform l1 has {100 * table.truth[at]:.2f} %: {(over > 0).sum()} of the other {plans - 1} plans are above"
+    text += f" it, the highest by {over.max():.2f} points." if over.max() > 0 else " it."
+    if noise:
+        # The expected largest of n normal draws, nearly (Blom 1958).
+        luck = noise * NormalDist().inv_cdf((plans - 0.375) / (plans + 0.25))
+        text += f" By luck alone the highest of {plans} equal plans would lie {100 * luck:.2f} points above their mean."
+    return text
+
+
 def confirmation(table: Table, best: Judged) -> str:
     """What the test split says, which nothing was chosen by."""
     test = 100 * table.test
     chosen, top = int(best.candidate.values.argmax()), int(table.truth.argmax())
-    uniform = [i for i, name in enumerate(table.plans) if name.endswith("uniform-l1-none")]
+    uniform = [i for i, name in enumerate(table.plans) if name.endswith(UNIFORM)]
     text = (
         f"On the test split: the truth's ranking agrees with tau-b {tau(table.truth, table.test):.2f}; the best plan "
         f"of `{best.candidate.name}` ({table.plans[chosen]}) has {test[chosen]:.2f} %, the truth's best "

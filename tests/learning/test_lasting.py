@@ -342,6 +342,9 @@ def test_the_report_says_what_there_is_to_win_and_who_sees_it(invented: Path) ->
     assert rows["cut accuracy"][3].startswith("-1.00")
     assert rows["cut accuracy"][4].startswith("4.00"), "the best by this score is the worst plan"
     assert "uniform l1 90.00 %" in text
+    assert "Uniform l1 has 94.10 %: 0 of the other 4 plans are above it. By luck" in text
+    # The expected largest of five draws is 1.163 deviations (Blom's formula: 1.180) of .0014 above the mean.
+    assert "the highest of 5 equal plans would lie 0.17 points above their mean" in text
     assert (invented / "report.md").read_text() == text
     assert (invented / "lasting.png").read_bytes().startswith(b"\x89PNG")
     lines = (invented / "scores.csv").read_text().splitlines()
@@ -353,6 +356,14 @@ def test_little_spread_is_called_by_its_name(invented: Path) -> None:
         record = json.loads(file.read_text())
         save(file, {**record, "truth_accuracy": record["truth_accuracy"] + 0.02})
     assert "there is hardly more to win than the noise" in report.to_win(tables(invented, TINY)[0].spread)
+
+
+def test_what_is_above_uniform_is_counted(invented: Path) -> None:
+    for file in (invented / "truth").glob("0.5-uniform*.json"):
+        record = json.loads(file.read_text())
+        save(file, {**record, "truth_accuracy": record["truth_accuracy"] - 0.025})
+    text = report.over_uniform(tables(invented, TINY)[0])
+    assert "Uniform l1 has 91.60 %: 2 of the other 4 plans are above it, the highest by 1.50 points." in text
 
 
 def test_the_headline_is_computed(invented: Path) -> None:
