@@ -32,7 +32,7 @@ def figure(
         fronts: Budget -> the candidates to name, from cheap to dear.
         ceilings: Budget -> tau that the noise of one seed leaves a perfect score, where it is known.
     """
-    drawn = Figure(figsize=(1.6 + 5.4 * len(taus), 5.4), layout="constrained", facecolor="white")
+    drawn = Figure(figsize=(max(1.6 + 5.4 * len(taus), 9.0), 5.4), layout="constrained", facecolor="white")
     axes = drawn.subplots(1, len(taus), sharey=True, squeeze=False)[0]
     for panel, (budget, some) in zip(axes, taus.items(), strict=True):
         _panel(panel, some, front=fronts[budget], ceiling=ceilings[budget])

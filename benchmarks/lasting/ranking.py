@@ -38,10 +38,10 @@ def tau(one: Values, other: Values) -> float:
 
     0 where one of the two has no two different values: it ranks nothing.
     """
-    return float(_taus(one, other, np.ones((1, len(one)), dtype=np.int64))[0])
+    return float(tau_samples(one, other, np.ones((1, len(one)), dtype=np.int64))[0])
 
 
-def _taus(one: Values, other: Values, weights: Weights) -> Float[np.ndarray, " draw"]:
+def tau_samples(one: Values, other: Values, weights: Weights) -> Float[np.ndarray, " draw"]:
     """Tau-b of each draw; a plan that was drawn twice is tied with itself."""
     signs = [np.sign(v[:, None] - v[None, :]) for v in (one, other)]
     concordant, *untied = (
@@ -75,15 +75,16 @@ def draws(plans: int, *, seed: int = 0, count: int = DRAWS) -> Weights:
 
 def tau_estimate(score: Values, truth: Values, weights: Weights) -> Estimate:
     """Tau-b with its interval."""
-    return _estimate(tau(score, truth), _taus(score, truth, weights))
+    return estimate(tau(score, truth), tau_samples(score, truth, weights))
 
 
 def regret_estimate(score: Values, truth: Values, weights: Weights, *, top: int) -> Estimate:
     """Regret with its interval."""
-    return _estimate(regret(score, truth, top=top), _regrets(score, truth, weights, top=top))
+    return estimate(regret(score, truth, top=top), _regrets(score, truth, weights, top=top))
 
 
-def _estimate(value: float, samples: Float[np.ndarray, " draw"]) -> Estimate:
+def estimate(value: float, samples: Float[np.ndarray, " draw"]) -> Estimate:
+    """A statistic with the interval between percentiles of its bootstrap samples."""
     low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 from agents.plot import png
+from benchmarks.lasting import overview
 from benchmarks.lasting.candidates import KINDS, Candidate, Table, tables
 from benchmarks.lasting.picture import figure
 from benchmarks.lasting.ranking import Estimate, Spread, draws, regret_estimate, tau, tau_estimate
@@ -75,12 +76,13 @@ def write_report(folder: Path, settings: Settings) -> str:
     """
     found = {table.budget: table for table in tables(folder, settings)}
     rows = {budget: judged(table) for budget, table in found.items()}
-    text = "\n\n".join(section(settings, table, rows[budget]) for budget, table in found.items()) + "\n"
+    together = overview.overall(list(found.values()))
+    sections = [section(settings, table, rows[budget]) for budget, table in found.items()]
+    text = "\n\n".join([*sections, overview.section(list(found.values()), together, shown=SHOWN)]) + "\n"
     taus = {budget: [(r.candidate, r.tau) for r in some] for budget, some in rows.items()}
     fronts = {budget: [row.candidate.name for row in frontier(some)] for budget, some in rows.items()}
     ceilings = {budget: table.spread.ceiling for budget, table in found.items()}
-    budget = settings.budgets[0] if settings.budgets[0] in rows else next(iter(rows))
-    drawn = figure(f"{settings.task}: {headline(rows[budget], budget)}", taus, fronts=fronts, ceilings=ceilings)
+    drawn = figure(f"{settings.task}: {overview.headline(together)}", taus, fronts=fronts, ceilings=ceilings)
     write(folder / "lasting.png", png(drawn))
     write(folder / "scores.csv", _csv(rows))
     write(folder / "report.md", text)
@@ -153,22 +155,6 @@ def confirmation(table: Table, best: Judged) -> str:
         f"({table.plans[top]}) {test[top]:.2f} %"
     )
     return text + "".join(f", uniform l1 {test[i]:.2f} %" for i in uniform) + "."
-
-
-def headline(rows: Sequence[Judged], budget: float) -> str:
-    """The takeaway in one sentence, from the numbers."""
-    best = {kind: next((r for r in rows if r.candidate.kind == kind), None) for kind in KINDS}
-    instant, short = best["instant measurement"], best["short training"]
-    if instant is None or short is None:
-        return f"{rows[0].candidate.name} ranks plans best (tau {rows[0].tau.value:.2f}) at {budget:g} of the macs"
-    said = [f"{r.candidate.name} {r.tau.value:.2f} for {r.candidate.cpu_s:.2g} s" for r in (short, instant)]
-    apart = short.tau.low > instant.tau.high or instant.tau.low > short.tau.high
-    verb = "foresees" if short.tau.value > instant.tau.value else "does not foresee"
-    doubt = "" if apart else " (intervals overlap)"
-    return (
-        f"short training {verb} fine-tuning better than measuring at once{doubt}\n"
-        f"at {budget:g} of the macs, tau-b: {said[0]}, {said[1]}"
-    )
 
 
 def _cells(row: Judged, *, bold: bool) -> list[str]:

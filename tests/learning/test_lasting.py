@@ -336,7 +336,9 @@ def test_the_report_says_what_there_is_to_win_and_who_sees_it(invented: Path) ->
     assert "5 plans lie between 90.00 and 94.00 %, with a standard deviation of 1.58 points" in text
     assert "Another seed moves a plan by 0.14 points (5 plans with two seeds)" in text
     assert "Plans differ 11.2 times as much as seeds: there is something to win." in text
-    rows = {line.split(" | ")[0].strip("| *"): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}
+    own, together = text.split("### All budgets")
+    assert "`20@0.02 accuracy` above `cut accuracy`, on the same plans: 2.00 [" in together
+    rows = {line.split(" | ")[0].strip("| *"): line.split(" | ") for line in own.splitlines() if line.startswith("| ")}
     assert rows["20@0.02 accuracy"][3].startswith("1.00")
     assert rows["20@0.02 accuracy"][4].startswith("0.00")
     assert rows["cut accuracy"][3].startswith("-1.00")
@@ -364,13 +366,6 @@ def test_what_is_above_uniform_is_counted(invented: Path) -> None:
         save(file, {**record, "truth_accuracy": record["truth_accuracy"] - 0.025})
     text = report.over_uniform(tables(invented, TINY)[0])
     assert "Uniform l1 has 91.60 %: 2 of the other 4 plans are above it, the highest by 1.50 points." in text
-
-
-def test_the_headline_is_computed(invented: Path) -> None:
-    (table,) = tables(invented, TINY)
-    text = report.headline(report.judged(table), 0.5)
-    assert text.startswith("short training foresees fine-tuning better than measuring at once\n")
-    assert "20@0.02 accuracy 1.00 for 4 s, cut accuracy -1.00 for 1 s" in text
 
 
 def test_a_predictor_is_the_line_through_its_plans(invented: Path) -> None:
