@@ -98,7 +98,7 @@ class Comparison:
     """Networks that each agent and each search cuts and measures."""
     reward: str = "accuracy"
     """What pays agents and searches; see python -m agents.train --help."""
-    short_steps: int = 60
+    short_steps: int = 50
     """Optimiser steps of each short training, if that pays."""
     short_lr: float = 0.02
     """Its peak learning rate."""

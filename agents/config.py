@@ -53,7 +53,7 @@ class TrainConfig:
     reward: str = "accuracy"
     """What pays. Without training: accuracy (or instant), accuracy_guaranteed, exponential_penalty; after fine-tuning:
     short-training or predicted."""
-    short_steps: int = 60
+    short_steps: int = 50
     """Optimiser steps of each short training."""
     short_lr: float = 0.02
     """Its peak learning rate."""

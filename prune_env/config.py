@@ -65,7 +65,7 @@ class EnvConfig:
     """Predictor of what a channel is worth for one input, shown in the observation."""
     reward: str = "accuracy"
     """A name in `PRESETS`: how an episode's network is measured, and what that earns."""
-    short_steps: int = 60
+    short_steps: int = 50
     """Optimiser steps of each short training."""
     short_lr: int | float = 0.02
     """Its peak learning rate."""

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from benchmarks.lasting.proxies import PROXIES
-from benchmarks.lasting.ranking import Spread, predicted, spread
+from benchmarks.lasting.ranking import Spread, predicted, spread, tau
 from benchmarks.lasting.scores import REPAIRS
 from benchmarks.lasting.short import Short, extrapolated
 from benchmarks.lasting.study import Record, Settings, records
@@ -71,6 +71,14 @@ class Table:
     test: Float[np.ndarray, " plan"]
     candidates: tuple[Candidate, ...]
     spread: Spread
+
+    @property
+    def tested(self) -> float:
+        """Tau-b of the truth with the accuracy of the very same networks on the test split.
+
+        What the images leave: a score of the plan before its fine-tuning can hardly be expected to do better.
+        """
+        return tau(self.truth, self.test)
 
 
 def tables(folder: Path, settings: Settings) -> list[Table]:

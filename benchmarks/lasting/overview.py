@@ -96,6 +96,8 @@ def section(found: Sequence[Table], rows: Sequence[Overall], *, shown: int) -> s
             for row in rows
             if row in picked
         ),
+        f"| the fine-tuned networks on the test split | | | {' | '.join(f'{t.tested:.2f}' for t in found)} "
+        f"| {np.mean([table.tested for table in found]):.2f} |",
         "",
         f"{' + '.join(str(len(table.plans)) for table in found)} plans; the best {shown} of each kind, best first, of "
         f"{len(rows)} scores. Intervals: 95 %, the plans of each budget resampled.",

@@ -22,7 +22,12 @@ Taus = Mapping[float, Sequence[tuple[Candidate, Estimate]]]
 
 
 def figure(
-    title: str, taus: Taus, *, fronts: Mapping[float, Sequence[str]], ceilings: Mapping[float, float | None]
+    title: str,
+    taus: Taus,
+    *,
+    fronts: Mapping[float, Sequence[str]],
+    ceilings: Mapping[float, float | None],
+    tests: Mapping[float, float],
 ) -> Figure:
     """All scores, their intervals, and numbers, with names, at those that no cheaper one beats.
 
@@ -31,11 +36,18 @@ def figure(
         taus: Budget -> every candidate with its tau.
         fronts: Budget -> the candidates to name, from cheap to dear.
         ceilings: Budget -> tau that the noise of one seed leaves a perfect score, where it is known.
+        tests: Budget -> tau of the same fine-tuned networks' accuracy on the test split.
     """
     drawn = Figure(figsize=(max(1.6 + 5.4 * len(taus), 9.0), 5.4), layout="constrained", facecolor="white")
     axes = drawn.subplots(1, len(taus), sharey=True, squeeze=False)[0]
     for panel, (budget, some) in zip(axes, taus.items(), strict=True):
-        _panel(panel, some, front=fronts[budget], ceiling=ceilings[budget])
+        _panel(panel, some, front=fronts[budget])
+        for level, line, label in (
+            (ceilings[budget], "--", "all that the noise of one seed leaves"),
+            (tests[budget], ":", "the same fine-tuned networks on the test split"),
+        ):
+            if level is not None:
+                panel.axhline(level, color="black", linestyle=line, linewidth=1, label=label)
         panel.set_title(f"{budget:g} of the macs", fontsize=10)
     axes[0].set_ylabel("Kendall's tau-b with accuracy after fine-tuning (95 % interval)")
     handles: dict[str, Artist] = {}
@@ -47,11 +59,7 @@ def figure(
     return drawn
 
 
-def _panel(
-    axes: Axes, some: Sequence[tuple[Candidate, Estimate]], *, front: Sequence[str], ceiling: float | None
-) -> None:
-    if ceiling is not None:
-        axes.axhline(ceiling, color="black", linestyle="--", linewidth=1, label="all that the noise of one seed leaves")
+def _panel(axes: Axes, some: Sequence[tuple[Candidate, Estimate]], *, front: Sequence[str]) -> None:
     axes.axhline(0, color=GREY, linewidth=0.6)
     at = {one.name: (max(one.cpu_s, FREE), tau) for one, tau in some}
     for kind, (colour, marker) in LOOKS.items():

@@ -15,6 +15,8 @@ DRAWS = 2000
 """Bootstrap samples."""
 LEVEL = 0.95
 """Probability of an interval."""
+PAIRS = 5
+"""Plans with two seeds from which on their noise says what it leaves of a tau; that of fewer is a guess."""
 RIDGE = 1.0
 """Ridge of a regression on standardised columns; what one more plan at the mean of all would weigh."""
 
@@ -130,7 +132,7 @@ class Spread:
         pairs: Plans with two seeds.
         noise: Standard deviation of one fine-tuning around its plan's mean; None without pairs.
         ceiling: Tau that a score which knew every plan's mean over seeds is expected to have with one seed's truth;
-            None without pairs.
+            None with fewer than `PAIRS` pairs.
     """
 
     plans: int
@@ -154,7 +156,7 @@ def spread(first: dict[str, float], second: dict[str, float]) -> Spread:
     one, other = (np.array([seeds[name] for name in both]) for seeds in (first, second))
     noise = float(np.sqrt(np.mean((one - other) ** 2 / 2))) if both else None
     deviation, ends = float(values.std(ddof=1)), (float(values.min()), float(values.max()))
-    ceiling = None if noise is None else _ceiling(noise, deviation)
+    ceiling = None if noise is None or len(both) < PAIRS else _ceiling(noise, deviation)
     return Spread(len(values), *ends, deviation, len(both), noise, ceiling)
 
 

@@ -13,7 +13,7 @@ from agents.plot import png
 from benchmarks.lasting import overview
 from benchmarks.lasting.candidates import KINDS, Candidate, Table, tables
 from benchmarks.lasting.picture import figure
-from benchmarks.lasting.ranking import Estimate, Spread, draws, regret_estimate, tau, tau_estimate
+from benchmarks.lasting.ranking import Estimate, Spread, draws, regret_estimate, tau_estimate
 from benchmarks.lasting.study import Settings
 from prune_env.files import write
 
@@ -82,7 +82,9 @@ def write_report(folder: Path, settings: Settings) -> str:
     taus = {budget: [(r.candidate, r.tau) for r in some] for budget, some in rows.items()}
     fronts = {budget: [row.candidate.name for row in frontier(some)] for budget, some in rows.items()}
     ceilings = {budget: table.spread.ceiling for budget, table in found.items()}
-    drawn = figure(f"{settings.task}: {overview.headline(together)}", taus, fronts=fronts, ceilings=ceilings)
+    tests = {budget: table.tested for budget, table in found.items()}
+    title = f"{settings.task}: {overview.headline(together)}"
+    drawn = figure(title, taus, fronts=fronts, ceilings=ceilings, tests=tests)
     write(folder / "lasting.png", png(drawn))
     write(folder / "scores.csv", _csv(rows))
     write(folder / "report.md", text)
@@ -150,7 +152,7 @@ def confirmation(table: Table, best: Judged) -> str:
     chosen, top = int(best.candidate.values.argmax()), int(table.truth.argmax())
     uniform = [i for i, name in enumerate(table.plans) if name.endswith(UNIFORM)]
     text = (
-        f"On the test split: the truth's ranking agrees with tau-b {tau(table.truth, table.test):.2f}; the best plan "
+        f"On the test split: the truth's ranking agrees with tau-b {table.tested:.2f}; the best plan "
         f"of `{best.candidate.name}` ({table.plans[chosen]}) has {test[chosen]:.2f} %, the truth's best "
         f"({table.plans[top]}) {test[top]:.2f} %"
     )

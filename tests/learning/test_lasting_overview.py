@@ -23,7 +23,7 @@ def table(budget: float, scores: Mapping[str, tuple[str, tuple[float, ...]]], *,
         Candidate(name, kind, np.array(values), cpu_s, cpu_s, (name,)) for name, (kind, values) in scores.items()
     )
     names = tuple(f"{budget}-{number}" for number in range(size))
-    return Table(budget, names, truth, truth, found, Spread(size, 0.1, 0.4, 0.1, 0, None, None))
+    return Table(budget, names, truth, -truth, found, Spread(size, 0.1, 0.4, 0.1, 0, None, None))
 
 
 def test_the_mean_is_over_budgets_of_the_scores_that_all_have() -> None:
@@ -76,7 +76,13 @@ def test_the_section_shows_the_best_of_each_kind_best_first() -> None:
     found = [table(0.5, scores), table(0.35, scores)]
     text = overview.section(found, overview.overall(found), shown=1)
     rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
-    assert [row.split(" | ")[0] for row in rows] == ["| score", "| 20@0.02", "| at once"]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| score",
+        "| 20@0.02",
+        "| at once",
+        "| the fine-tuned networks on the test split",
+    ]
     assert rows[2].startswith("| at once | instant measurement | 2 | 0.67 | 0.67 | 0.67 [")
+    assert rows[3].endswith(" | -1.00 | -1.00 | -1.00 |"), "its accuracies are the truth's, turned round"
     assert "4 + 4 plans" in text
     assert "`20@0.02` above `at once`, on the same plans: 0.33 [" in text

@@ -97,10 +97,16 @@ def test_the_noise_is_the_deviation_of_one_fine_tuning_around_its_plans_mean():
     assert found.deviation == pytest.approx(0.02)
     # Differences .01 and 0: each pair has variance difference^2 / 2.
     assert found.noise == pytest.approx(np.sqrt((0.01**2 / 2 + 0) / 2))
-    # A share of (.02^2 - .005^2) / .02^2 = 15/16 is not noise: 2/pi asin(sqrt(15/16)).
-    assert found.ceiling == pytest.approx(0.839, abs=5e-4)
+    assert found.ceiling is None, "two pairs say too little"
     alone = spread({"a": 0.90, "b": 0.92}, {})
     assert (alone.noise, alone.ceiling, alone.pairs) == (None, None, 0)
+
+
+def test_the_ceiling_by_hand():
+    first = dict(zip("abcde", (0.90, 0.91, 0.92, 0.93, 0.94), strict=True))
+    found = spread(first, {name: value + 0.01 for name, value in first.items()})
+    # Variance .01^2 / 2 of 2.5 .01^2 is noise, 4/5 is not: 2/pi asin(sqrt(4/5)).
+    assert found.ceiling == pytest.approx(0.7048, abs=5e-5)
 
 
 @pytest.mark.parametrize("noise", [0.2, 1.0])
@@ -113,5 +119,6 @@ def test_the_ceiling_is_the_tau_of_what_knows_the_means(noise: float):
 
 
 def test_nothing_but_noise_leaves_no_tau():
-    assert spread({"a": 0.9, "b": 0.91}, {"a": 0.95, "b": 0.85}).ceiling == 0
-    assert spread({"a": 0.9, "b": 0.9}, {"a": 0.9}).ceiling == 0
+    one, same = dict(zip("abcde", (0.90, 0.91, 0.92, 0.93, 0.94), strict=True)), dict.fromkeys("abcde", 0.9)
+    assert spread(one, {name: 1.84 - value for name, value in one.items()}).ceiling == 0
+    assert spread(same, same).ceiling == 0
