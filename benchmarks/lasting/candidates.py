@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class Table:
         test: `[plan]` the same on the test split.
         candidates: The scores that all of these plans have.
         spread: Of the truth, all fine-tuned plans of the budget.
+        test_spread: The same on the test split.
     """
 
     budget: float
@@ -71,6 +72,7 @@ class Table:
     test: Float[np.ndarray, " plan"]
     candidates: tuple[Candidate, ...]
     spread: Spread
+    test_spread: Spread
 
     @property
     def tested(self) -> float:
@@ -99,17 +101,20 @@ def tables(folder: Path, settings: Settings) -> list[Table]:
         most = max((len(scored[name]) for name in names if name in scored), default=0)
         both = [name for name in names if name in scored and len(scored[name]) == most]
         if len(both) >= 3:
-            seeds = [
-                {name: truths[name][seed]["truth_accuracy"] for name in names if seed in truths[name]}
-                for seed in (0, 1)
-            ]
+            spreads = [spread(*_seeds(truths, names, f"{split}_accuracy")) for split in ("truth", "test")]
             truth, test = (_means(truths, both, f"{split}_accuracy") for split in ("truth", "test"))
             steps = truths[both[0]][0]["steps"]
             candidates = _candidates([scored[name] for name in both], truth, steps=steps)
-            found.append(Table(budget, tuple(both), truth, test, candidates, spread(*seeds)))
+            found.append(Table(budget, tuple(both), truth, test, candidates, *spreads))
     if not found:
         raise ValueError(f"{folder} has no budget with three plans that have truth and scores; run these stages first")
     return found
+
+
+def _seeds(truths: Mapping[str, Mapping[int, Record]], names: Sequence[str], field: str) -> Iterator[dict[str, float]]:
+    """Plan -> accuracy from the first seed, and from the second, of those plans that have one."""
+    for seed in (0, 1):
+        yield {name: truths[name][seed][field] for name in names if seed in truths[name]}
 
 
 def _means(truths: Mapping[str, Mapping[int, Record]], names: Sequence[str], field: str) -> Float[np.ndarray, " plan"]:

@@ -156,7 +156,10 @@ def confirmation(table: Table, best: Judged) -> str:
         f"of `{best.candidate.name}` ({table.plans[chosen]}) has {test[chosen]:.2f} %, the truth's best "
         f"({table.plans[top]}) {test[top]:.2f} %"
     )
-    return text + "".join(f", uniform l1 {test[i]:.2f} %" for i in uniform) + "."
+    text += "".join(f", uniform l1 {test[i]:.2f} %" for i in uniform) + "."
+    text += f" There, plans have a standard deviation of {100 * table.test_spread.deviation:.2f} points"
+    noise = table.test_spread.noise
+    return text + ("." if noise is None else f", and another seed moves one by {100 * noise:.2f}.")
 
 
 def _cells(row: Judged, *, bold: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""Short training as a judge: what a network is worth after a few steps, which foretells more of its fine-tuning."""
+"""Short training as a judge: what a network is worth after a few steps of the fine-tuning that is to come."""
 
 from __future__ import annotations
 

@@ -343,7 +343,7 @@ def test_the_report_says_what_there_is_to_win_and_who_sees_it(invented: Path) ->
     assert rows["20@0.02 accuracy"][4].startswith("0.00")
     assert rows["cut accuracy"][3].startswith("-1.00")
     assert rows["cut accuracy"][4].startswith("4.00"), "the best by this score is the worst plan"
-    assert "uniform l1 90.00 %" in text
+    assert "uniform l1 90.00 %. There, plans have a standard deviation of 0.00 points, and another seed" in text
     assert "Uniform l1 has 94.10 %: 0 of the other 4 plans are above it. By luck" in text
     # The expected largest of five draws is 1.163 deviations (Blom's formula: 1.180) of .0014 above the mean.
     assert "the highest of 5 equal plans would lie 0.17 points above their mean" in text

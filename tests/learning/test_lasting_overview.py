@@ -23,7 +23,8 @@ def table(budget: float, scores: Mapping[str, tuple[str, tuple[float, ...]]], *,
         Candidate(name, kind, np.array(values), cpu_s, cpu_s, (name,)) for name, (kind, values) in scores.items()
     )
     names = tuple(f"{budget}-{number}" for number in range(size))
-    return Table(budget, names, truth, -truth, found, Spread(size, 0.1, 0.4, 0.1, 0, None, None))
+    spreads = [Spread(size, 0.1, 0.4, 0.1, 0, None, None)] * 2
+    return Table(budget, names, truth, -truth, found, *spreads)
 
 
 def test_the_mean_is_over_budgets_of_the_scores_that_all_have() -> None:
