@@ -18,6 +18,7 @@ from agents.cli import INTERRUPTED, guarded, parse, stages
 from agents.comparison import DEMONSTRATION, Cell, Comparison
 from agents.comparison_cell import measured
 from agents.comparison_executor import EXECUTORS, imported_ray, run_cells
+from agents.comparison_methods import DENSE
 from agents.comparison_report import write_report
 from agents.comparison_store import Store, read_record
 from agents.evaluate import DISAGREES, disagreements
@@ -161,15 +162,18 @@ def bar(console: Console, store: Store, cells: Sequence[Cell], workers: int) -> 
 def time_left(seconds: dict[str, list[float]], cells: Sequence[Cell], workers: int) -> str:
     """How long the rest takes, from what finished cells took: a method's own mean, or that of all methods.
 
+    What the dense network took says nothing of methods: nothing is searched or fine-tuned there.
+
     Args:
         seconds: Method -> of each of its finished cells.
         cells: Not finished.
         workers: Cells measured at the same time.
     """
     means = {method: sum(taken) / len(taken) for method, taken in seconds.items()}
-    if not means:
+    pruned = [mean for method, mean in means.items() if method != DENSE]
+    if not pruned and any(cell.method not in means for cell in cells):
         return "time left unknown"
-    usual = sum(means.values()) / len(means)
+    usual = sum(pruned) / max(len(pruned), 1)
     left = sum(means.get(cell.method, usual) for cell in cells) / workers
     hours, minutes = divmod(round(left / 60), 60)
     return f"about {hours} h {minutes} min left" if hours else f"about {max(minutes, 1)} min left" if cells else "done"

@@ -20,7 +20,7 @@ import pytest
 from agents import compare, comparison_cell, comparison_executor
 from agents.comparison import DEMONSTRATION, Cell, Comparison
 from agents.comparison_executor import RETRIES, Processes, run_cells
-from agents.comparison_methods import KINDS, kind_of
+from agents.comparison_methods import DENSE, KINDS, kind_of
 from agents.comparison_store import DEAD_S, Record, Store, read_record
 from baselines import METHODS
 from tests.learning.comparison_records import record
@@ -409,3 +409,7 @@ def test_time_left_by_hand() -> None:
     assert compare.time_left({"cem": [90.0, 110.0], "uniform": [20.0]}, cells, 2) == "about 2 min left"
     assert compare.time_left({"cem": [7200.0]}, cells, 1) == "about 6 h 0 min left"
     assert compare.time_left({}, cells, 1) == "time left unknown"
+    assert compare.time_left({DENSE: [6.0]}, cells, 1) == "time left unknown", "that cell only measures"
+    assert compare.time_left({DENSE: [6.0], "cem": [7200.0]}, cells, 1) == "about 6 h 0 min left"
+    assert compare.time_left({DENSE: [60.0]}, [Cell("digits-cnn", DENSE, 1.0, 1)], 1) == "about 1 min left"
+    assert compare.time_left({DENSE: [6.0]}, [], 1) == "done"
