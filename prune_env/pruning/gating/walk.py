@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 
-import jaxtyping
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
@@ -14,42 +12,20 @@ from torch import Tensor, fx, nn
 from prune_env.pruning.gating.layer import Decide, GatedLayer, Question
 from prune_env.pruning.gating.network import GatedNetwork
 from prune_env.pruning.measure import evaluating
+from prune_env.pruning.unrolling import operations
 
 Walk = Generator[Question, Tensor, Tensor]
 """Yields a question per gated layer, is sent the active channels `[sample, channel]`, and returns the outputs."""
 
 
-class _Tracer(fx.Tracer):
-    """Gated layers are steps of their own."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, GatedLayer) or super().is_leaf_module(m, module_qualified_name)
-
-
-@contextmanager
-def _shapes_unchecked() -> Iterator[None]:
-    """Without jaxtyping's checks, where they are on: the tracer's stand-ins for tensors have no shape."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", before)
-
-
 def unrolled(network: nn.Module) -> fx.GraphModule:
-    """A network's operations in order; gated layers are one operation each.
+    """A network's operations in evaluation mode, in order; gated layers are one operation each.
 
     Raises:
         ValueError: Its control flow depends on its input.
     """
-    try:
-        with evaluating(network), _shapes_unchecked():
-            graph = _Tracer().trace(network)
-    except Exception as error:  # the tracer runs the network's own code, which may fail in any way
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the network cannot be walked layer by layer: {line}") from None
-    return fx.GraphModule(network, graph)
+    with evaluating(network):
+        return operations(network, whole=(GatedLayer,))
 
 
 class Walker:
