@@ -1,7 +1,8 @@
 """Evaluating a pruned network: really smaller, against whole with zeroed channels.
 
 Both sides are the same plan (the same share in every group, as much as half the macs allow), evaluated as everything
-in the project is: in batches, channels_last, in the number format that is fast here.
+in the project is: in batches, channels_last, in the number format that is fast here; with convolution, norm, addition
+and rectifier as one operation, as a meter runs them, and one by one, as the network's own code does.
 
     python -m benchmarks.masked_vs_cut
 """
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks.fusing import outputs
 from benchmarks.timing import show, take_turns, uniform_plan
 from prune_env.number_format import fast_format, number_format
-from prune_env.pruning.measure import Meter
+from prune_env.pruning.measure import BATCH_SIZE, prepare_images
 from prune_env.pruning.surgery import cut, masked
 from prune_env.pruning.tracing import trace
 from prune_env.tasks.networks import make_network
@@ -42,21 +44,27 @@ def measure(name: str, settings: Settings) -> list[str]:
     """One row of the table."""
     network = make_network(name, classes=10)
     images = torch.randn(settings.images, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(settings.images, dtype=torch.int64)
-    meter = Meter(images, labels, dtype=number_format(network, images))
+    dtype = number_format(network, images)
+    batches = prepare_images(images, device="cpu", dtype=dtype).split(BATCH_SIZE)
     graph = trace(network, images[:1])
     plan = uniform_plan(graph, settings.budget)
     small = cut(network, graph, plan).to(memory_format=torch.channels_last)
     whole = network.to(memory_format=torch.channels_last)
+    sides = {(which, fusing): net for which, net in (("cut", small), ("masked", whole)) for fusing in (True, False)}
     with masked(whole, graph, plan):
         seconds = take_turns(
             settings.rounds,
-            {"cut": lambda _: meter.accuracy_and_loss(small), "masked": lambda _: meter.accuracy_and_loss(whole)},
+            {
+                f"{which} {fusing}": lambda _, net=net, fusing=fusing: outputs(net, batches, dtype, fusing=fusing)
+                for (which, fusing), net in sides.items()
+            },
         )
-    fast, slow = (float(np.median(seconds[which])) for which in ("cut", "masked"))
-    rates = [f"{settings.images / taken:.0f}" for taken in (fast, slow)]
+    cells = []
+    for fusing in (True, False):
+        fast, slow = (float(np.median(seconds[f"{which} {fusing}"])) for which in ("cut", "masked"))
+        cells += [f"{settings.images / fast:.0f}", f"{settings.images / slow:.0f}", f"{slow / fast:.2f}x"]
     share = graph.macs(plan) / float(graph.cost["macs"](graph.full))
-    return [name, f"{share:.3f}", *rates, f"{slow / fast:.2f}x"]
+    return [name, f"{share:.3f}", *cells]
 
 
 def main(settings: Settings) -> None:
@@ -65,7 +73,7 @@ def main(settings: Settings) -> None:
     show(
         f"Evaluation at {settings.budget} of the macs ({fast_format('cpu')}, median of {settings.rounds}, "
         f"{settings.threads} threads)",
-        ["network", "macs left", "cut, images/s", "masked, images/s", "faster"],
+        ["network", "macs left", "cut, images/s", "masked", "faster", "one by one: cut", "masked", "faster"],
         [measure(name, settings) for name in settings.networks],
     )
 
