@@ -30,5 +30,6 @@ networks:
 benchmarks:
 	$(PYTHON) -m benchmarks.cutting
 	$(PYTHON) -m benchmarks.step
+	$(PYTHON) -m benchmarks.fusing
 	$(PYTHON) -m benchmarks.masked_vs_cut
 	$(PYTHON) -m benchmarks.episode
