@@ -116,7 +116,7 @@ class FusedConvolution(nn.Module):
     def __init__(self, convolution: nn.Conv2d, norm: nn.BatchNorm2d | None, unary: Unary, dtype: torch.dtype) -> None:
         super().__init__()
         weight, bias = convolution.weight, convolution.bias
-        if norm is not None:
+        if norm is not None and norm.running_mean is not None and norm.running_var is not None:
             weight, bias = fuse_conv_bn_weights(
                 weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
