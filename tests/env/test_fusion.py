@@ -177,14 +177,15 @@ def test_a_network_that_notes_what_passes_runs_as_it_is(attribute: str):
 
 
 def test_hooks_control_flow_and_other_forward_passes_are_left_alone():
-    hooked = build("residual")
-    hooked.stem[0].register_forward_hook(lambda module, args, output: output * 2)
+    hooked, seen = build("residual"), []
+    hooked.stem[0].register_forward_hook(lambda module, args, output: seen.append(len(output)))
     branching = Around(lambda x, y: y if y.sum() > 0 else -y).eval()
     linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval()
     replaced = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
     replaced[0].forward = lambda x: x * 2
     for network in (hooked, branching, linear, replaced):
         assert outputs(network, example(5))[0] is network
+    assert seen == [5, 5], "each batch of both calls, and no example"
 
 
 def test_a_fused_network_that_says_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch):
