@@ -7,6 +7,7 @@ The fused side pays for the fusing, as every measurement does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,10 +42,19 @@ class Settings:
     """CPU threads."""
 
 
-def outputs(network: nn.Module, batches: tuple[Tensor, ...], dtype: torch.dtype, *, fusing: bool) -> Tensor:
+Runner = Callable[[nn.Module, Tensor, torch.dtype], nn.Module]
+"""(network, first images, format) -> what runs in its place."""
+
+
+def plain(network: nn.Module, images: Tensor, dtype: torch.dtype) -> nn.Module:
+    """The network as it is, one operation after the other."""
+    return network
+
+
+def outputs(network: nn.Module, batches: tuple[Tensor, ...], dtype: torch.dtype, runner: Runner) -> Tensor:
     """Logits of all batches, as a meter gets them."""
     with evaluating(network), torch.inference_mode(), autocast("cpu", dtype):
-        forward = fused(network, batches[0], dtype) if fusing else network
+        forward = runner(network, batches[0], dtype)
         return torch.cat([forward(batch).float() for batch in batches])
 
 
@@ -55,10 +65,13 @@ def measure(name: str, form: str, settings: Settings) -> list[str]:
     graph = trace(network, images[:1])
     small = cut(network, graph, uniform_plan(graph, settings.budget)).to(memory_format=torch.channels_last)
     batches = prepare_images(images, device="cpu", dtype=dtype).split(BATCH_SIZE)
-    plain, one = (lambda _, fusing=fusing: outputs(small, batches, dtype, fusing=fusing) for fusing in (False, True))
-    seconds = take_turns(settings.rounds, {"plain": plain, "fused": one})
+    seconds = take_turns(
+        settings.rounds,
+        {runner.__name__: lambda _, runner=runner: outputs(small, batches, dtype, runner) for runner in (plain, fused)},
+    )
     slow, fast = (float(np.median(seconds[which])) for which in ("plain", "fused"))
-    apart = float(torch.linalg.vector_norm(one(0) - plain(0)) / torch.linalg.vector_norm(plain(0)))
+    theirs, ours = (outputs(small, batches, dtype, runner) for runner in (plain, fused))
+    apart = float(torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs))
     rates = [f"{settings.images / taken:.0f}" for taken in (slow, fast)]
     return [name, form, *rates, f"{slow / fast:.2f}x", f"{apart:.1e}"]
 

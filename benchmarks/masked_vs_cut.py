@@ -15,9 +15,10 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks.fusing import outputs
+from benchmarks.fusing import outputs, plain
 from benchmarks.timing import show, take_turns, uniform_plan
 from prune_env.number_format import fast_format, number_format
+from prune_env.pruning.fusion import fused
 from prune_env.pruning.measure import BATCH_SIZE, prepare_images
 from prune_env.pruning.surgery import cut, masked
 from prune_env.pruning.tracing import trace
@@ -50,18 +51,18 @@ def measure(name: str, settings: Settings) -> list[str]:
     plan = uniform_plan(graph, settings.budget)
     small = cut(network, graph, plan).to(memory_format=torch.channels_last)
     whole = network.to(memory_format=torch.channels_last)
-    sides = {(which, fusing): net for which, net in (("cut", small), ("masked", whole)) for fusing in (True, False)}
     with masked(whole, graph, plan):
         seconds = take_turns(
             settings.rounds,
             {
-                f"{which} {fusing}": lambda _, net=net, fusing=fusing: outputs(net, batches, dtype, fusing=fusing)
-                for (which, fusing), net in sides.items()
+                f"{which} {runner.__name__}": lambda _, net=net, runner=runner: outputs(net, batches, dtype, runner)
+                for which, net in (("cut", small), ("masked", whole))
+                for runner in (fused, plain)
             },
         )
     cells = []
-    for fusing in (True, False):
-        fast, slow = (float(np.median(seconds[f"{which} {fusing}"])) for which in ("cut", "masked"))
+    for runner in (fused, plain):
+        fast, slow = (float(np.median(seconds[f"{which} {runner.__name__}"])) for which in ("cut", "masked"))
         cells += [f"{settings.images / fast:.0f}", f"{settings.images / slow:.0f}", f"{slow / fast:.2f}x"]
     share = graph.macs(plan) / float(graph.cost["macs"](graph.full))
     return [name, f"{share:.3f}", *cells]

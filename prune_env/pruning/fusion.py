@@ -39,7 +39,7 @@ class Unary(NamedTuple):
 
 RELU, RELU6 = Unary("relu"), Unary("hardtanh", (0.0, 6.0))
 
-MODULES: Mapping[type[nn.Module], Callable[[Any], Unary | None]] = MappingProxyType(
+MODULES: Mapping[type[nn.Module], Callable[[Any], Unary]] = MappingProxyType(
     {
         nn.ReLU: lambda module: RELU,
         nn.ReLU6: lambda module: RELU6,
